@@ -1,0 +1,455 @@
+"""Typed configuration: frozen dataclasses filled from YAML files and ``section.field=value`` overrides.
+
+Every field carries its documentation, unit and allowed values as metadata, so that the error messages, the
+``cyclegan-fast train --help-config`` listing and ``docs/config.md`` all come from one place. This module imports
+neither torch nor any sibling: a configuration can be read, checked and printed anywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "LossConfig",
+    "ModelConfig",
+    "MonitorConfig",
+    "TrainingConfig",
+    "describe",
+    "from_dict",
+    "load_config",
+    "to_dict",
+    "to_yaml",
+]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the field, the value and what is allowed."""
+
+
+def _option(
+    default: Any,
+    doc: str,
+    *,
+    choices: Sequence[Any] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+) -> Any:
+    """A dataclass field with its documentation and its allowed values (``low <= v <= high``, ``above < v``)."""
+    metadata = {"doc": doc, "choices": choices, "low": low, "high": high, "above": above}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Pictures on disk to batches on the device."""
+
+    source: str = _option(
+        "folder",
+        "where pictures come from: `folder` reads data.root, `synthetic` renders flowers once and then reads them",
+        choices=("folder", "synthetic"),
+    )
+    root: str = _option(
+        "datasets/iphone2dslr_flower",
+        "folder that holds trainA, trainB and, if there are any, testA and testB; with source `synthetic`, where the "
+        "rendered pictures are kept",
+    )
+    synthetic_train: int = _option(200, "synthetic only: training pictures a domain, count", low=1)
+    synthetic_test: int = _option(24, "synthetic only: test pictures a domain, count", low=1)
+    synthetic_size: int = _option(128, "synthetic only: side of the square pictures, pixels", low=16, high=4096)
+    synthetic_seed: int = _option(0, "synthetic only: seed of the scenes", low=0)
+    limit_train: int | None = _option(
+        None, "use a random subset of this many training pictures a domain, chosen by `seed`; null for all", low=1
+    )
+    limit_test: int | None = _option(None, "the same for the test pictures", low=1)
+    unreadable: str = _option(
+        "refuse",
+        "what the scan before training does about files it cannot use: `refuse` to start, or `skip` them, by name",
+        choices=("refuse", "skip"),
+    )
+    preprocess: str = _option(
+        "resize_and_crop",
+        "how a picture becomes a training sample. resize_and_crop: load_size x load_size, then a random crop; crop: a "
+        "random crop of the original; scale_width: width to load_size; scale_width_and_crop: that, then a random "
+        "crop; scale_shortside: short side to load_size; none: as it is",
+        choices=("resize_and_crop", "crop", "scale_width", "scale_width_and_crop", "scale_shortside", "none"),
+    )
+    load_size: int = _option(286, "size that pictures are resized to, pixels (see preprocess)", low=8, high=16384)
+    crop_size: int = _option(256, "side of the square random crop, pixels (see preprocess)", low=8, high=16384)
+    flip: bool = _option(True, "mirror each picture left-right with probability 1/2")
+    resample: str = _option(
+        "bicubic",
+        "resize filter: antialiased `bicubic` or `bilinear`; `bilinear_tf` is plain bilinear interpolation without "
+        "antialiasing, as the Keras example resizes",
+        choices=("bicubic", "bilinear", "bilinear_tf"),
+    )
+    pairing: str = _option(
+        "unpaired",
+        "unpaired: an epoch visits the larger set once, in shuffled order, A modulo its size and B drawn with "
+        "replacement; ordered: the i-th of A with the i-th of B (modulo), shuffled together; zip: two shuffles side "
+        "by side, as long as the smaller set (the Keras example)",
+        choices=("unpaired", "ordered", "zip"),
+    )
+    frozen_augmentation: bool = _option(
+        False, "draw each picture's crop and flip once and keep it for all epochs (the Keras example caches them)"
+    )
+    cache: str | None = _option(
+        None,
+        "folder for the decoded uint8 stores; null: $CYCLEGAN_FAST_CACHE, else the user's cache folder",
+    )
+    resident: str = _option(
+        "auto",
+        "keep the store in the device's memory: `auto` when it takes less than a quarter of what is free; `never` "
+        "streams batches from the memory-mapped store",
+        choices=("auto", "always", "never"),
+    )
+    workers: int = _option(0, "processes that decode pictures into the store; 0: one a core", low=0, high=1024)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The two generators and the two discriminators."""
+
+    preset: str = _option(
+        "original",
+        "`original`: the de-facto PyTorch networks; `keras`: those of the Keras example, which differ in biases, "
+        "affine norms, paddings and initialisation",
+        choices=("original", "keras"),
+    )
+    channels_A: int = _option(3, "channels of domain A: 1 gray, 2 gray + alpha, 3 RGB, 4 RGB + alpha", low=1, high=4)
+    channels_B: int = _option(3, "channels of domain B, likewise", low=1, high=4)
+    blocks: int = _option(9, "residual blocks of a generator, count (de facto: 9, or 6 for small pictures)", low=1)
+    ngf: int = _option(64, "filters of a generator's first convolution, count", low=1)
+    ndf: int = _option(64, "filters of a discriminator's first convolution, count", low=1)
+    dropout: bool = _option(False, "dropout 0.5 inside the residual blocks")
+    discriminator: str = _option(
+        "patch", "`patch`: PatchGAN, 70x70 with 3 layers; `pixel`: 1x1 convolutions only", choices=("patch", "pixel")
+    )
+    discriminator_layers: int = _option(3, "stride-2 layers of the patch discriminator, count", low=1, high=8)
+    init_gain: float = _option(0.02, "standard deviation of the normal initialisation of the weights", above=0)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What the networks minimise."""
+
+    gan: str = _option(
+        "lsgan",
+        "adversarial loss: least squares, binary cross-entropy on logits, hinge, or Wasserstein with gradient penalty",
+        choices=("lsgan", "vanilla", "hinge", "wgangp"),
+    )
+    cycle_A: float = _option(10.0, "weight of the cycle loss A -> B -> A", low=0)
+    cycle_B: float = _option(10.0, "weight of the cycle loss B -> A -> B", low=0)
+    identity: float = _option(
+        0.5, "identity loss relative to the cycle weights; 0 leaves out its two generator passes", low=0
+    )
+    gradient_penalty: float = _option(10.0, "wgangp only: weight of the gradient penalty", low=0)
+    generator_gradient: str = _option(
+        "joint",
+        "`joint`: both generators get the gradient of the whole sum; `own`: each gets that of its own losses only, "
+        "so the first generator of a cycle gets none from it (the Keras example)",
+        choices=("joint", "own"),
+    )
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The optimisation and how it is executed."""
+
+    epochs: int = _option(100, "epochs at the full learning rate", low=0)
+    epochs_decay: int = _option(100, "further epochs in which the learning rate falls linearly towards 0", low=0)
+    steps: int | None = _option(None, "stop after this many optimiser steps, if that comes before the epochs", low=1)
+    batch: int = _option(1, "pairs in one forward pass of one process, count", low=1)
+    accumulate: int = _option(1, "forward passes whose gradients are averaged into one optimiser step, count", low=1)
+    lr: float = _option(2e-4, "learning rate of all four networks", above=0)
+    beta1: float = _option(0.5, "Adam's decay of the first moment", low=0, high=0.999999)
+    beta2: float = _option(0.999, "Adam's decay of the second moment", low=0, high=0.999999)
+    adam_eps: float = _option(1e-8, "Adam's epsilon", above=0)
+    pool_size: int = _option(50, "generated pictures kept a domain for the discriminators; 0: none", low=0)
+    precision: str = _option(
+        "auto",
+        "fp32; tf32 (CUDA only); bf16 or fp16 autocast with fp32 weights, statistics and losses (fp16 CUDA only, with "
+        "a loss scaler); auto: bf16 where the hardware multiplies in it, else fp16 on CUDA, else fp32",
+        choices=("auto", "fp32", "tf32", "bf16", "fp16"),
+    )
+    channels_last: bool = _option(True, "keep weights and activations in NHWC memory order")
+    compile: bool = _option(False, "run the networks through torch.compile")
+    deterministic: bool = _option(False, "deterministic algorithms only (slower on CUDA; the CPU always is)")
+    device: str = _option("auto", "auto (CUDA when there is one), cpu, cuda or cuda:N")
+    threads: int = _option(0, "CPU threads of one process; 0: all cores, shared among the processes of a host", low=0)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept of a run, and how often."""
+
+    every_epochs: float = _option(
+        1.0, "write a checkpoint each time this many epochs have passed (fractions too); 0: only at the end", low=0
+    )
+    every_minutes: float = _option(
+        15.0, "and at the latest this many minutes after the last one; 0: no such limit", low=0
+    )
+    keep: int = _option(2, "number of the latest checkpoints kept", low=1)
+    milestones: tuple[int, ...] = _option((), "epochs whose checkpoint is kept for good")
+    best: str = _option(
+        "cycle",
+        "measure by which a `best` checkpoint is kept, on the fixed test samples: `cycle` (L1 of A -> B -> A and "
+        "B -> A -> B), `generator` (the generators' whole loss), or `none`",
+        choices=("cycle", "generator", "none"),
+    )
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """What is reported while a run goes on."""
+
+    log_every: int = _option(50, "steps between readings of the losses, which synchronise host and device", low=1)
+    images_every: float = _option(1.0, "epochs between image grids (fractions too); 0: none", low=0)
+    samples: int = _option(4, "fixed test pictures a domain in the grids and the `best` measure, count", low=1, high=64)
+    tensorboard: bool = _option(True, "write TensorBoard events beside the JSON lines")
+    progress: bool = _option(True, "show a progress bar")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run, completely."""
+
+    name: str = _option("experiment", "name of the run: its folder below `out`")
+    out: str = _option("runs", "folder that holds the runs")
+    seed: int = _option(0, "seed of everything random in the run", low=0)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of the run."""
+        return Path(self.out) / self.name
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply ``key.sub=value`` overrides, in order; values are parsed as YAML.
+
+    Raises ConfigError naming file or override, field, value and what is allowed.
+    """
+    tree: dict[str, Any] = {}
+    where = "configuration"
+    if path is not None:
+        where = str(path)
+        tree = _read_yaml(Path(path))
+    for override in overrides:
+        _apply_override(tree, override)
+    try:
+        return from_dict(tree)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def from_dict(tree: Mapping[str, Any]) -> Config:
+    """Build a checked Config from nested mappings; missing fields take their defaults."""
+    config: Config = _build(Config, tree, prefix="")
+    _check_together(config)
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested plain values, ready for YAML, JSON or a checkpoint; ``from_dict`` reads them back."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return list(value) if isinstance(value, tuple) else value
+
+    result: dict[str, Any] = plain(dataclasses.asdict(config))
+    return result
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML text, in the order of the dataclasses."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def describe() -> Iterator[tuple[str, str, Any, str]]:
+    """Yield (dotted name, allowed values, default, documentation) for every field, in order."""
+
+    def walk(cls: type, prefix: str) -> Iterator[tuple[str, str, Any, str]]:
+        hints = typing.get_type_hints(cls)
+        for item in dataclasses.fields(cls):
+            hint = hints[item.name]
+            if dataclasses.is_dataclass(hint):
+                yield from walk(typing.cast(type, hint), f"{prefix}{item.name}.")
+            else:
+                yield prefix + item.name, _allowed(item, hint), item.default, item.metadata["doc"]
+
+    return walk(Config, "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not a text file in UTF-8; a YAML configuration is needed") from None
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold `field: value` lines, but holds a {type(tree).__name__}")
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r} is not of the form section.field=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
+    *sections, name = key.strip().split(".")
+    node = tree
+    for depth, section in enumerate(sections):
+        child = node.setdefault(section, {})
+        if not isinstance(child, dict):
+            inside = ".".join(sections[: depth + 1])
+            raise ConfigError(f"override {override!r}: {inside} is a value, not a section")
+        node = child
+    node[name] = value
+
+
+def _build(cls: type, tree: Any, prefix: str) -> Any:
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"{prefix.rstrip('.')} is a section of fields, but was given {tree!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {item.name: item for item in dataclasses.fields(cls)}
+    values: dict[str, Any] = {}
+    for name, value in tree.items():
+        if name not in fields:
+            raise ConfigError(_unknown(f"{prefix}{name}"))
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            values[name] = _build(typing.cast(type, hint), {} if value is None else value, f"{prefix}{name}.")
+        else:
+            values[name] = _checked(value, fields[name], hint, prefix + name)
+    return cls(**values)
+
+
+def _unknown(dotted: str) -> str:
+    """The message for an unknown field: the nearest name in its own section, else the nearest anywhere."""
+    known = [name for name, *_ in describe()]
+    sections = sorted({name.partition(".")[0] for name in known})
+    section, _, last = dotted.rpartition(".")
+    siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
+    anywhere = {name.rpartition(".")[2]: name for name in known} | {name: name for name in sections}
+    for names, cutoff in ((siblings, 0.5), (anywhere, 0.6), (siblings or anywhere, 0.0)):
+        if nearest := difflib.get_close_matches(last, list(names), n=1, cutoff=cutoff):
+            break
+    return f"unknown field {dotted}: did you mean {names[nearest[0]]}?"
+
+
+def _checked(value: Any, item: dataclasses.Field[Any], hint: Any, name: str) -> Any:
+    try:
+        value = _coerce(value, hint)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{name} = {value!r} is not allowed: {_allowed(item, hint)}") from None
+    meta = item.metadata
+    if value is None:
+        return None
+    numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
+    wrong = (
+        (meta["choices"] is not None and value not in meta["choices"])
+        or (numeric and not math.isfinite(value))
+        or (meta["low"] is not None and value < meta["low"])
+        or (meta["high"] is not None and value > meta["high"])
+        or (meta["above"] is not None and value <= meta["above"])
+    )
+    if wrong:
+        raise ConfigError(f"{name} = {value!r} is not allowed: {_allowed(item, hint)}")
+    return value
+
+
+def _coerce(value: Any, hint: Any) -> Any:
+    """Value as the annotated type, or TypeError / ValueError. YAML 1.1 reads `2e-4` as text: numbers may be text."""
+    if isinstance(hint, types.UnionType):
+        return None if value is None else _coerce(value, next(a for a in hint.__args__ if a is not type(None)))
+    if typing.get_origin(hint) is tuple:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_coerce(item, hint.__args__[0]) for item in items)
+    if hint is bool:
+        if isinstance(value, bool):
+            return value
+        raise TypeError
+    if hint is int:
+        if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+            raise TypeError
+        return int(value)
+    if hint is float:
+        if isinstance(value, bool):
+            raise TypeError
+        return float(value)
+    if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        return str(value)
+    raise TypeError
+
+
+def _allowed(item: dataclasses.Field[Any], hint: Any) -> str:
+    """What a field accepts, in words."""
+    meta = item.metadata
+    optional = isinstance(hint, types.UnionType)
+    base = next(a for a in hint.__args__ if a is not type(None)) if optional else hint
+    words = {bool: "true or false", int: "an integer", float: "a number", str: "text"}.get(base, "a list of integers")
+    if meta["choices"] is not None:
+        words = "one of " + ", ".join(str(choice) for choice in meta["choices"])
+    if meta["low"] is not None and meta["high"] is not None:
+        words += f" from {meta['low']} to {meta['high']}"
+    elif meta["low"] is not None:
+        words += f" >= {meta['low']}"
+    elif meta["above"] is not None:
+        words += f" > {meta['above']}"
+    return words + (" or null" if optional else "")
+
+
+def _check_together(config: Config) -> None:
+    """Refuse combinations that no single field can refuse."""
+    data, model, training = config.data, config.model, config.training
+    if data.preprocess in ("resize_and_crop", "scale_width_and_crop") and data.crop_size > data.load_size:
+        raise ConfigError(
+            f"data.crop_size = {data.crop_size} is larger than data.load_size = {data.load_size}, "
+            f"which preprocess {data.preprocess} crops from: lower crop_size or raise load_size"
+        )
+    if training.epochs + training.epochs_decay == 0:
+        raise ConfigError("training.epochs and training.epochs_decay are both 0: at least one epoch is needed")
+    if config.loss.identity > 0 and model.channels_A != model.channels_B:
+        raise ConfigError(
+            f"loss.identity = {config.loss.identity} needs equal channels, but model.channels_A = {model.channels_A} "
+            f"and model.channels_B = {model.channels_B}: set loss.identity=0"
+        )
+    parts = Path(config.name).parts
+    if len(parts) != 1 or parts[0] in (".", "..") or Path(config.name).is_absolute():
+        raise ConfigError(f"name = {config.name!r} is not allowed: one folder name, without `/` or `..`")
+    if any(epoch < 1 for epoch in config.checkpoint.milestones):
+        raise ConfigError(f"checkpoint.milestones = {list(config.checkpoint.milestones)}: epochs count from 1")

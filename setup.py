@@ -1,0 +1,5 @@
+"""Build script. Everything about the package stands in pyproject.toml."""
+
+from setuptools import setup
+
+setup()
