@@ -1,0 +1,156 @@
+"""The one place that knows of several processes. With a single process every function here does nothing, cheaply.
+
+Processes are started by torchrun, which sets RANK, WORLD_SIZE and LOCAL_RANK. CPU tensors travel by gloo and CUDA
+tensors by NCCL.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+# One rank may decode a whole data set while the others wait for it.
+_TIMEOUT = timedelta(minutes=60)
+
+
+def launched() -> bool:
+    """Whether torchrun (or something that sets the same variables) started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def local_rank() -> int:
+    """Index of this process on its host."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world_size() -> int:
+    """Number of processes on this host."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))) if launched() else 1
+
+
+def init(device: torch.device) -> None:
+    """Join the process group if there is one to join; ``device`` is the one this process computes on."""
+    if not launched() or dist.is_initialized():
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=_TIMEOUT, device_id=device if device.type == "cuda" else None)
+
+
+def shutdown() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Index of this process among all."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes files and speaks to the user."""
+    return rank() == 0
+
+
+@contextlib.contextmanager
+def main_first() -> Iterator[None]:
+    """Run the body on rank 0, then on the others, so that only one process builds what all then find ready.
+
+    Raises RuntimeError on the others when rank 0 failed, instead of leaving them to wait.
+    """
+    if world_size() == 1:
+        yield
+    elif is_main():
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            any_rank(failed)
+    else:
+        if any_rank(False):
+            raise RuntimeError("rank 0 failed in preparing what all ranks need; its own message says why")
+        yield
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank; every rank must call."""
+    if world_size() == 1:
+        return flag
+    value = torch.tensor(int(flag))
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value)
+
+
+class StopVote:
+    """Agreement of all ranks on stopping at one and the same step, without waiting for one another.
+
+    The vote of step ``s`` travels while step ``s`` computes and is read at step ``s + 1``.
+    """
+
+    def __init__(self) -> None:
+        self._flag = torch.zeros((), dtype=torch.int64)
+        self._work: dist.Work | None = None
+
+    def cast(self, stop: bool) -> bool:
+        """Vote; returns the outcome of the vote before. A single process is obeyed at once."""
+        if world_size() == 1:
+            return stop
+        outcome = False
+        if self._work is not None:
+            self._work.wait()
+            outcome = bool(self._flag)
+        self._flag = torch.tensor(int(stop))
+        self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, async_op=True)
+        return outcome
+
+
+def broadcast_parameters(modules: Iterable[nn.Module]) -> None:
+    """Give every rank the parameters and buffers of rank 0."""
+    if world_size() > 1:
+        for module in modules:
+            for tensor in module.state_dict().values():
+                dist.broadcast(tensor, src=0)
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace each gradient by its mean over the ranks, in one reduction of one flat buffer."""
+    if world_size() == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= world_size()
+    torch._foreach_copy_(
+        gradients,
+        [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in gradients]), gradients, strict=True)],
+    )
+
+
+def average(values: Tensor) -> Tensor:
+    """The mean of a tensor over the ranks."""
+    if world_size() == 1:
+        return values
+    values = values.clone()
+    dist.all_reduce(values)
+    return values / world_size()
+
+
+def gather_batch(images: Tensor) -> Tensor:
+    """The images of all ranks, [N, ...] each, as [world_size * N, ...] in the order of the ranks."""
+    if world_size() == 1:
+        return images
+    parts = [torch.empty_like(images) for _ in range(world_size())]
+    dist.all_gather(parts, images)
+    return torch.cat(parts)
