@@ -2,7 +2,7 @@
 
 Every field carries its documentation, unit and allowed values as metadata, so that the error messages, the
 ``cyclegan-fast train --help-config`` listing and ``docs/config.md`` all come from one place. This module imports
-neither torch nor any sibling: a configuration can be read, checked and printed anywhere.
+neither torch nor any sibling but the base of the errors: a configuration can be read, checked and printed anywhere.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from cyclegan_fast.errors import InputError
 
 __all__ = [
     "CheckpointConfig",
@@ -36,7 +38,7 @@ __all__ = [
 ]
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError):
     """A configuration that cannot be used; the message names the field, the value and what is allowed."""
 
 

@@ -107,21 +107,29 @@ class StopVote:
         """Vote; returns the outcome of the vote before. A single process is obeyed at once."""
         if world_size() == 1:
             return stop
-        outcome = False
-        if self._work is not None:
-            self._work.wait()
-            outcome = bool(self._flag)
+        outcome = self.settle()
         self._flag = torch.tensor(int(stop))
         self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, async_op=True)
         return outcome
 
+    def settle(self) -> bool:
+        """Wait for the vote under way, if any, and return its outcome."""
+        if self._work is None:
+            return False
+        self._work.wait()
+        self._work = None
+        return bool(self._flag)
+
 
 def broadcast_parameters(modules: Iterable[nn.Module]) -> None:
     """Give every rank the parameters and buffers of rank 0."""
-    if world_size() > 1:
-        for module in modules:
-            for tensor in module.state_dict().values():
-                dist.broadcast(tensor, src=0)
+    if world_size() == 1:
+        return
+    for module in modules:
+        for tensor in module.state_dict().values():
+            dense = tensor.contiguous()  # gloo takes no other memory order
+            dist.broadcast(dense, src=0)
+            tensor.copy_(dense)
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
@@ -148,9 +156,11 @@ def average(values: Tensor) -> Tensor:
 
 
 def gather_batch(images: Tensor) -> Tensor:
-    """The images of all ranks, [N, ...] each, as [world_size * N, ...] in the order of the ranks."""
+    """The images [N, C, H, W] of all ranks as [world_size * N, C, H, W], in the order of the ranks."""
     if world_size() == 1:
         return images
-    parts = [torch.empty_like(images) for _ in range(world_size())]
-    dist.all_gather(parts, images)
-    return torch.cat(parts)
+    channels_last = images.is_contiguous(memory_format=torch.channels_last)
+    images = images.contiguous()
+    gathered = images.new_empty((world_size() * images.shape[0], *images.shape[1:]))
+    dist.all_gather_into_tensor(gathered, images)
+    return gathered.contiguous(memory_format=torch.channels_last) if channels_last else gathered

@@ -27,6 +27,8 @@ from typing import Any
 
 import torch
 
+from cyclegan_fast.errors import InputError
+
 logger = logging.getLogger("cyclegan_fast.checkpoint")
 
 FORMAT = 1
@@ -36,7 +38,7 @@ _REQUIRED = ("format", "config", "G_A", "G_B", "position")
 _STEP_FILE = re.compile(r"step-(\d{8,})\.ckpt")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """A checkpoint that is missing, damaged or of another kind; the message names the file and what is wrong."""
 
 

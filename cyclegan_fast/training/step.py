@@ -68,7 +68,7 @@ class TrainState:
     """Everything a step reads and changes.
 
     The networks may be compiled; ``parameters_*`` are those of the plain modules. ``reduce`` averages gradients over
-    the processes, ``exchange_A`` and ``exchange_B`` pass a domain's fakes through its pool.
+    the processes, if there are several; ``exchange_A`` and ``exchange_B`` pass a domain's fakes through its pool.
     """
 
     G_A: nn.Module
@@ -82,7 +82,7 @@ class TrainState:
     objective: Objective = field(default_factory=Objective)
     autocast: torch.dtype | None = None
     scaler: GradScaler = field(default_factory=lambda: GradScaler(enabled=False))
-    reduce: Callable[[Iterable[nn.Parameter]], None] = lambda parameters: None
+    reduce: Callable[[Iterable[nn.Parameter]], None] | None = None
 
 
 class Fakes(NamedTuple):
@@ -123,7 +123,7 @@ def train_step(state: TrainState, batch: StepBatch, *, measure: bool = False) ->
     state.scaler.update()
 
     means = {name: torch.stack([log[name] for log in logs]).mean() for name in logs[0]}
-    if measure:
+    if norm_G is not None and norm_D is not None:
         means.update(grad_G=norm_G, grad_D=norm_D)
     return means
 
@@ -171,8 +171,8 @@ def _judge(
         score_real, score_fake = D(real), D(fake)
     loss = state.objective.gan.discriminator(score_real, score_fake)
     if state.objective.gradient_penalty:
-        with _autocast(state, real):
-            penalty = gradient_penalty(D, real, fake, alpha.view(-1, 1, 1, 1))
+        # In full precision: the penalty differentiates a gradient, and runs once a discriminator.
+        penalty = gradient_penalty(D, real, fake.float(), alpha.view(-1, 1, 1, 1))
         loss = loss + state.objective.gradient_penalty * penalty
     terms[name] = loss.detach()
     terms[f"{name}_real"] = score_real.detach().float().mean()
@@ -182,7 +182,8 @@ def _judge(
 
 def _finish(state: TrainState, optimizer: Optimizer, parameters: list[nn.Parameter], measure: bool) -> Tensor | None:
     """Reduce the gradients, unscale them, step; returns their norm over all parameters if it is to be measured."""
-    state.reduce(parameters)
+    if state.reduce is not None:
+        state.reduce(parameters)
     state.scaler.unscale_(optimizer)
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]) if measure else None
     state.scaler.step(optimizer)

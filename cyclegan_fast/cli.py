@@ -1,0 +1,276 @@
+"""The command ``cyclegan-fast``: arguments in, calls of the package, exit status out.
+
+Exit status: 0 done; 1 done but for some files, which are listed; 2 wrong input (arguments, configuration, data,
+checkpoint); 3 the training blew up; 130 and 143 stopped by SIGINT or SIGTERM with everything saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cyclegan_fast.config import Config, ConfigError, describe, load_config, to_yaml
+from cyclegan_fast.errors import InputError
+from cyclegan_fast.version import __version__
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# torch takes seconds to import; each command imports what it needs, so that help and mistakes answer at once.
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    main_process = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(
+        level=logging.INFO if main_process else logging.WARNING, format="%(message)s", stream=sys.stderr
+    )
+    try:
+        status: int = arguments.run(arguments)
+    except InputError as error:
+        print(f"cyclegan-fast: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("cyclegan-fast: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="cyclegan-fast", description="Train and use a CycleGAN, fast.")
+    parser.add_argument("--version", action="version", version=f"cyclegan_fast {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_train(commands)
+    _add_translate(commands)
+    _add_figures(commands)
+    _add_data(commands)
+    doctor = commands.add_parser("doctor", help="say what this machine and this installation can do")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    train = commands.add_parser(
+        "train",
+        help="train a CycleGAN",
+        description="Train as a YAML file and `section.field=value` overrides say. Under torchrun, on several processes.",
+    )
+    train.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings beside the file's")
+    train.add_argument("--config", metavar="FILE", help="YAML file, see configs/")
+    train.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="RUN",
+        help="continue the run of this configuration, or that of the run folder RUN; starts one if there is none",
+    )
+    train.add_argument("--help-config", action="store_true", help="list every setting with its meaning, and stop")
+    train.set_defaults(run=_train)
+
+
+def _add_translate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    translate = commands.add_parser(
+        "translate",
+        help="translate pictures with a trained model",
+        description="Translate files, folders and glob patterns; size and metadata are kept. Goes on past a bad file.",
+    )
+    translate.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder or checkpoint file")
+    translate.add_argument("inputs", nargs="+", metavar="INPUT", help="picture, folder or glob pattern")
+    translate.add_argument("-o", "--out", required=True, metavar="DIR", help="folder for the results")
+    translate.add_argument("--direction", choices=("AtoB", "BtoA"), default="AtoB")
+    translate.add_argument("--format", choices=("jpg", "png", "tif", "webp", "avif"), help="default: the input's")
+    translate.add_argument("--quality", type=int, default=95, metavar="1..100", help="of lossy formats (default 95)")
+    translate.add_argument("--suffix", default="", help="appended to each name, before the extension")
+    translate.add_argument("--overwrite", action="store_true", help="replace results that exist")
+    translate.add_argument(
+        "--truncate", action="store_true", help="cut pixel values off instead of rounding, as the de-facto code does"
+    )
+    _add_model_options(translate)
+    translate.set_defaults(run=_translate)
+
+
+def _add_figures(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    figures = commands.add_parser("figures", help="draw training curves and picture grids of a run")
+    kinds = figures.add_subparsers(required=True, metavar="KIND")
+    curves = kinds.add_parser("curves", help="the four networks' losses over the epochs")
+    progress = kinds.add_parser("progress", help="input | generated after the given epochs (checkpoint.milestones)")
+    cycle = kinds.add_parser("cycle", help="input | generated | reconstructed")
+    for kind in (curves, progress, cycle):
+        kind.add_argument("run_folder", metavar="RUN", help="run folder")
+        kind.add_argument("-o", "--out", required=True, metavar="FILE", help="picture to write")
+    for kind in (progress, cycle):
+        kind.add_argument("inputs", nargs="+", metavar="INPUT", help="pictures to translate")
+        kind.add_argument("--direction", choices=("AtoB", "BtoA"), default="AtoB")
+    _add_model_options(cycle)
+    progress.add_argument("--epochs", default="1,10,50", help="comma-separated (default 1,10,50)")
+    progress.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    curves.set_defaults(run=_figure_curves)
+    progress.set_defaults(run=_figure_progress)
+    cycle.set_defaults(run=_figure_cycle)
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--which", default="latest", help="checkpoint of a run: latest, best or epoch-N")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--precision", choices=("auto", "fp32", "tf32", "bf16", "fp16"), default="auto")
+
+
+def _add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    data = commands.add_parser("data", help="make or check data sets")
+    kinds = data.add_subparsers(required=True, metavar="KIND")
+    synth = kinds.add_parser("synth", help="render synthetic flowers: trainA, trainB, testA, testB and the truth")
+    synth.add_argument("root", metavar="DIR")
+    synth.add_argument("--train", type=int, default=200, help="training pictures a domain (default 200)")
+    synth.add_argument("--test", type=int, default=24, help="test pictures a domain (default 24)")
+    synth.add_argument("--size", type=int, default=128, help="side in pixels (default 128)")
+    synth.add_argument("--seed", type=int, default=0)
+    synth.set_defaults(run=_data_synth)
+    scan = kinds.add_parser("scan", help="read every picture's header, report sizes, list unusable files")
+    scan.add_argument("root", metavar="DIR", help="folder that holds trainA and trainB")
+    scan.add_argument("--full", action="store_true", help="decode every picture, not only its header")
+    scan.set_defaults(run=_data_scan)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    if arguments.help_config:
+        for name, allowed, default, doc in describe():
+            print(f"{name} (default {default!r}; {allowed})\n    {doc}")
+        return 0
+    config, resume = _train_config(arguments)
+    if os.environ.get("RANK", "0") == "0":
+        print(to_yaml(config), flush=True)
+
+    from cyclegan_fast.training.trainer import Interrupted, NonFiniteLossError, train
+
+    try:
+        run_dir = train(config, resume=resume)
+    except Interrupted as stop:
+        logging.info("%s", stop)
+        return 128 + stop.signum
+    except NonFiniteLossError as error:
+        print(f"cyclegan-fast: {error}", file=sys.stderr)
+        return 3
+    if os.environ.get("RANK", "0") == "0":
+        print(f"done: {run_dir}")
+    return 0
+
+
+def _train_config(arguments: argparse.Namespace) -> tuple[Config, bool]:
+    """The configuration meant by the arguments, and whether to resume."""
+    if not arguments.resume:
+        return load_config(arguments.config, arguments.overrides), arguments.resume is not None
+    if "=" in arguments.resume:  # `--resume a.b=c`: argparse took the first override for the run folder
+        return load_config(arguments.config, [arguments.resume, *arguments.overrides]), True
+    run = Path(arguments.resume)
+    if arguments.config is not None:
+        raise ConfigError(f"--resume {run} takes the configuration from the run; leave out --config {arguments.config}")
+    # Where the folder stands now counts, not where it stood when it was started.
+    place = [f"name={run.resolve().name}", f"out={run.resolve().parent}"]
+    return load_config(run / "config.yaml", [*place, *arguments.overrides]), True
+
+
+def _translate(arguments: argparse.Namespace) -> int:
+    from cyclegan_fast.inference.translate import load, translate_files
+
+    translator = load(
+        arguments.checkpoint, which=arguments.which, device=arguments.device, precision=arguments.precision
+    )
+    result = translate_files(
+        translator,
+        arguments.inputs,
+        arguments.out,
+        direction=arguments.direction,
+        suffix=arguments.suffix,
+        format=arguments.format,
+        quality=arguments.quality,
+        overwrite=arguments.overwrite,
+        truncate=arguments.truncate,
+    )
+    print(f"{len(result.done)} pictures written to {arguments.out}")
+    for path, reason in result.failed:
+        print(f"not translated: {path}: {reason}", file=sys.stderr)
+    return 1 if result.failed else 0
+
+
+def _figure_curves(arguments: argparse.Namespace) -> int:
+    from cyclegan_fast.evaluation.figures import curves_figure
+
+    curves_figure(Path(arguments.run_folder) / "scalars.jsonl", Path(arguments.out))
+    print(arguments.out)
+    return 0
+
+
+def _figure_progress(arguments: argparse.Namespace) -> int:
+    from cyclegan_fast.evaluation.figures import progress_figure
+
+    try:
+        epochs = [int(epoch) for epoch in arguments.epochs.split(",")]
+    except ValueError:
+        raise ConfigError(f"--epochs {arguments.epochs!r} is not a list of integers such as 1,10,50") from None
+    figure = progress_figure(
+        arguments.run_folder, epochs, arguments.inputs, arguments.direction, device=arguments.device
+    )
+    return _keep_figure(figure, arguments.out)
+
+
+def _figure_cycle(arguments: argparse.Namespace) -> int:
+    from cyclegan_fast.evaluation.figures import cycle_figure
+
+    figure = cycle_figure(
+        arguments.run_folder,
+        arguments.which,
+        arguments.inputs,
+        arguments.direction,
+        device=arguments.device,
+        precision=arguments.precision,
+    )
+    return _keep_figure(figure, arguments.out)
+
+
+def _keep_figure(figure: Image.Image, out: str) -> int:
+    from cyclegan_fast.data.photo import save_photo
+
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    save_photo(figure, Path(out))
+    print(out)
+    return 0
+
+
+def _data_synth(arguments: argparse.Namespace) -> int:
+    from cyclegan_fast.data.synthetic import ensure_dataset
+
+    root = ensure_dataset(
+        Path(arguments.root),
+        train=arguments.train,
+        test=arguments.test,
+        size=arguments.size,
+        seed=arguments.seed,
+        progress=True,
+    )
+    print(root)
+    return 0
+
+
+def _data_scan(arguments: argparse.Namespace) -> int:
+    from cyclegan_fast.data.folder import report, scan_dataset
+
+    scans = scan_dataset(Path(arguments.root), unreadable="skip", full=arguments.full, progress=True)
+    print(report(scans))
+    return 1 if any(scan.bad for scan in scans.values()) else 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:  # noqa: ARG001 - takes no options yet
+    from cyclegan_fast.doctor import report
+
+    print(report())
+    return 0

@@ -1,0 +1,1 @@
+"""Pictures on disk -> uint8 store -> batches on the device."""

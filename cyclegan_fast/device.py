@@ -1,0 +1,88 @@
+"""The device and the arithmetic a network runs with, resolved in one place for training and for inference."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device meant by ``auto`` (CUDA when there is one, else the CPU), ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises ValueError for any other name, and for CUDA devices that this machine or this build of torch lacks.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        resolved = None
+    if resolved is None or resolved.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {device!r} is not one of auto, cpu, cuda, cuda:N")
+    if resolved.type == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        why = "finds no usable GPU" if torch.version.cuda or torch.version.hip else "is a build for CPUs only"
+        raise ValueError(f"device {device!r} is not there: torch {torch.__version__} {why}; use `auto` or `cpu`")
+    if resolved.index is not None and resolved.index >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ValueError(f"device {device!r} is not there: this machine has {count}, cuda:0 to cuda:{count - 1}")
+    return resolved
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """``fp32``, ``tf32``, ``bf16`` or ``fp16``: what ``precision`` means on ``device``.
+
+    ``auto`` is bf16 where the hardware multiplies in bf16 (CUDA of capability 8 and above; CPUs with AMX or
+    AVX512-BF16), else fp16 on CUDA, else fp32. Raises ValueError for unknown names, and for tf32 and fp16 on a CPU.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"training.precision = {precision!r} is not one of {', '.join(PRECISIONS)}")
+    if precision in ("tf32", "fp16") and device.type != "cuda":
+        raise ValueError(
+            f"training.precision = {precision!r} needs a CUDA device, not {device.type}: use auto, fp32 or bf16"
+        )
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
+    return "bf16" if device.type == "cpu" and _cpu_multiplies_bf16() else "fp32"
+
+
+@contextlib.contextmanager
+def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
+    """Run the block's convolutions in a *resolved* precision: autocast for bf16 and fp16, cuDNN's switch for the rest.
+
+    torch lets cuDNN round fp32 convolutions to TF32 by default; here fp32 means fp32. The switch belongs to the whole
+    process, so what stood there is put back afterwards, and CPU devices never touch it.
+    """
+    if precision in _AUTOCAST:
+        with torch.autocast(device.type, dtype=_AUTOCAST[precision]):
+            yield
+        return
+    if device.type != "cuda":
+        yield
+        return
+    # Both are set, though there is no recurrent network here: torch refuses to read its older switch when they differ.
+    cudnn: Any = torch.backends.cudnn
+    switches = (cudnn.conv, cudnn.rnn)
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = value
+
+
+def _cpu_multiplies_bf16() -> bool:
+    # Private names of torch: absent in some version or on some platform means "not known to", hence fp32.
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(bool(getattr(torch.cpu, name, lambda: False)()) for name in names)

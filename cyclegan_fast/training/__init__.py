@@ -1,0 +1,1 @@
+"""Losses, image pool, learning-rate rule, one training step, and the loop, checkpoints and reports around it."""

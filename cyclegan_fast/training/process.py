@@ -1,0 +1,68 @@
+"""What belongs to the whole process while a run goes on: signals and torch's global settings."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+
+from cyclegan_fast import distributed
+from cyclegan_fast.config import Config
+from cyclegan_fast.device import arithmetic, resolve_precision
+
+
+@dataclass
+class Stop:
+    """The signal that asked for an end, if any."""
+
+    signum: int | None = None
+
+
+@contextlib.contextmanager
+def catch_signals() -> Iterator[Stop]:
+    """Turn SIGTERM and SIGINT into a request to stop after the step; a second one acts as usual, at once."""
+    stop = Stop()
+    previous: dict[int, Any] = {}
+
+    def request(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature of a signal handler
+        stop.signum = signum
+        signal.signal(signum, previous[signum])
+
+    try:
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            previous[signum] = signal.signal(signum, request)
+    except ValueError:  # not in the main thread: whoever runs us there keeps the signals
+        previous.clear()
+    try:
+        yield stop
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+@contextlib.contextmanager
+def process_settings(config: Config, device: torch.device) -> Iterator[None]:
+    """The settings of torch that belong to the process, for the duration of a run."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    precision = resolve_precision(config.training.precision, device)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(config.training.threads or max(1, cores // distributed.local_world_size()))
+    if config.training.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(config.training.deterministic)
+    torch.backends.cudnn.benchmark = not config.training.deterministic
+    try:
+        # Autocast is the step's own affair; here only the switch between fp32 and TF32 convolutions is set.
+        with contextlib.nullcontext() if precision in ("bf16", "fp16") else arithmetic(precision, device):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+        torch.backends.cudnn.benchmark = benchmark

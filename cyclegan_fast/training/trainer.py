@@ -1,0 +1,443 @@
+"""The training loop: a configuration in, a run folder out.
+
+Everything random is a function of (seed, position in the data), so a run is the same whether it goes straight
+through or stops and resumes, and whatever the number of processes that share a global batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import platform
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+
+from cyclegan_fast import distributed
+from cyclegan_fast.config import Config, ConfigError, to_dict, to_yaml
+from cyclegan_fast.data.loader import Batch, TrainingData, open_training_data
+from cyclegan_fast.device import resolve_device, resolve_precision
+from cyclegan_fast.errors import InputError
+from cyclegan_fast.evaluation.figures import curves_figure
+from cyclegan_fast.models import build_discriminators, build_generators
+from cyclegan_fast.training import checkpoint as ckpt
+from cyclegan_fast.training.image_pool import ImagePool, pool_draws
+from cyclegan_fast.training.losses import GANLoss
+from cyclegan_fast.training.monitor import SCALARS, History, Monitor
+from cyclegan_fast.training.process import catch_signals, process_settings
+from cyclegan_fast.training.samples import Samples
+from cyclegan_fast.training.schedule import lr_factor
+from cyclegan_fast.training.step import Exchange, Objective, StepBatch, TrainState, train_step
+from cyclegan_fast.version import __version__
+
+logger = logging.getLogger("cyclegan_fast.train")
+
+NETWORKS = ("G_A", "G_B", "D_A", "D_B")
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Streams of random numbers beside those of the pools, which take 0 (domain A) and 1 (domain B).
+_ALPHA_A, _ALPHA_B = 2, 3
+# A resumed run may differ from its checkpoint in these; anything else would make it another experiment.
+_FREE = ("name", "out", "data.root", "data.cache", "data.resident", "data.workers", "checkpoint.", "monitor.")
+_FREE += ("training.epochs", "training.steps", "training.batch", "training.accumulate", "training.precision")
+_FREE += ("training.channels_last", "training.compile", "training.deterministic", "training.device", "training.threads")
+
+
+class RunExistsError(InputError):
+    """The run folder holds a run already."""
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss or a weight is no longer a number; the message names step, losses and pictures."""
+
+
+class Interrupted(Exception):  # noqa: N818 - it is not an error
+    """A signal ended the run after the step under way; everything is saved."""
+
+    def __init__(self, signum: int, step: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}; continue with --resume")
+        self.signum = signum
+
+
+def train(config: Config, *, resume: bool = False) -> Path:
+    """Train as configured and return the run folder.
+
+    With ``resume`` an earlier run in that folder is continued, if there is one. Raises RunExistsError when there is
+    one and ``resume`` is off, NonFiniteLossError when the training blows up, Interrupted after SIGTERM or SIGINT, and
+    what the configuration, the data and the checkpoints raise.
+    """
+    device = resolve_device(config.training.device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", distributed.local_rank())
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    distributed.init(device)
+    try:
+        with process_settings(config, device):
+            trainer = Trainer(config, device, resume=resume)
+            trainer.fit()
+        return config.run_dir
+    finally:
+        distributed.shutdown()
+
+
+class Trainer:
+    """One run: its data, its state and the loop over its steps."""
+
+    def __init__(self, config: Config, device: torch.device, *, resume: bool = False) -> None:
+        self.config, self.device = config, device
+        self.run_dir = config.run_dir
+        self.precision = resolve_precision(config.training.precision, device)
+        found = _prepare_run(config, resume)
+        self.data: TrainingData = open_training_data(
+            config,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            device=device,
+            progress=distributed.is_main() and config.monitor.progress,
+        )
+        self.modules = _build_networks(config, device)
+        self.pools = {name: ImagePool(config.training.pool_size) for name in ("A", "B")}
+        self.state = _build_state(config, self.modules, self.pools, self.precision, device)
+        self.samples = Samples(
+            self.data.samples_A, self.data.samples_B, self.modules, self.state.objective, self.state.autocast
+        )
+        self.history = History()
+        self.step = 0
+        self.best = math.inf
+        if found is not None:
+            self._load(*found)
+        distributed.broadcast_parameters(self.modules.values())
+        self._saved_at = time.monotonic()
+        self._saved_step = self.step
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        training = self.config.training
+        steps = (training.epochs + training.epochs_decay) * self.data.loader.steps_per_epoch
+        return steps if training.steps is None else min(steps, training.steps)
+
+    @property
+    def pairs_per_step(self) -> int:
+        """Pairs of one optimiser step over all processes."""
+        return self.config.training.batch * self.config.training.accumulate * distributed.world_size()
+
+    def fit(self) -> None:
+        """Run the remaining steps, with everything that happens between them."""
+        total, votes = self.total_steps, distributed.StopVote()
+        with contextlib.ExitStack() as stack:
+            stop = stack.enter_context(catch_signals())
+            monitor = stack.enter_context(contextlib.closing(self._open_monitor(total)))
+            batches = stack.enter_context(contextlib.closing(self.data.loader.iterate(self.step, total)))
+            while self.step < total:
+                waited = time.perf_counter()
+                batch = next(batches)
+                monitor.waited(time.perf_counter() - waited)
+
+                lr = self._set_learning_rate(batch.epoch)
+                last = self.step + 1 == total
+                reading = last or (self.step + 1) % self.config.monitor.log_every == 0
+                self.history.append(train_step(self.state, self._inputs(batch), measure=reading))
+                self.step += 1
+                monitor.step_done()
+
+                if reading:
+                    monitor.write(self.step, self._read(), lr)
+                if last or self._due(self.config.monitor.images_every):
+                    self._show_samples(monitor)
+                if last or self._due(self.config.checkpoint.every_epochs) or self._milestone():
+                    self._save(is_best=self._evaluate(monitor))
+                elif self._overdue():
+                    self._save()
+                if votes.cast(stop.signum is not None) and not last:
+                    self._save()
+                    raise Interrupted(stop.signum or signal.SIGTERM, self.step)
+            votes.settle()
+        if distributed.is_main() and (self.run_dir / SCALARS).stat().st_size:
+            curves_figure(self.run_dir / SCALARS, self.run_dir / "training_curves.png")
+
+    def _set_learning_rate(self, epoch: int) -> float:
+        training = self.config.training
+        lr = training.lr * lr_factor(epoch, training.epochs, training.epochs_decay)
+        for optimizer in (self.state.optimizer_G, self.state.optimizer_D):
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+        return lr
+
+    def _inputs(self, batch: Batch) -> StepBatch:
+        """The step's tensors: pictures, and random draws made from the position in the data."""
+        training = self.config.training
+        count, per_pass = training.accumulate, training.batch * distributed.world_size()
+        positions = self.step * self.pairs_per_step + np.arange(self.pairs_per_step)
+        own = positions.reshape(count, distributed.world_size(), training.batch)[:, distributed.rank()].reshape(-1)
+        draws = [
+            torch.from_numpy(draw).to(self.device, non_blocking=True).view(count, per_pass)
+            for domain in (0, 1)
+            for draw in pool_draws(self.config.seed, positions, training.pool_size, domain)
+        ]
+        alphas = [
+            torch.from_numpy(pool_draws(self.config.seed, own, 1, stream)[0]).to(self.device, torch.float32)
+            for stream in (_ALPHA_A, _ALPHA_B)
+        ]
+        if self.config.model.dropout:  # the only use of torch's own generator in a step
+            torch.manual_seed(hash((self.config.seed, self.step, distributed.rank())) & 0x7FFF_FFFF)
+        return StepBatch(batch.real_A, batch.real_B, *draws, *(alpha.view(count, -1) for alpha in alphas))
+
+    def _read(self) -> dict[str, float]:
+        """Mean scalars since the last reading, over steps and ranks; the one place where the host waits.
+
+        Raises NonFiniteLossError at the first step with a loss that is no number.
+        """
+        steps = len(self.history)
+        names, values, extra = self.history.take()
+        finite = values.isfinite().all(dim=0)
+        healthy = bool(finite.all())
+        if distributed.any_rank(not healthy):  # all ranks stop together
+            bad_rows = (~values.isfinite()).any(dim=1).nonzero().flatten().tolist()
+            self._report_non_finite(
+                self.step - steps + (bad_rows[0] if bad_rows else 0),
+                [name for name, good in zip(names, finite.tolist(), strict=True) if not good],
+                together=True,
+            )
+        means = distributed.average(values.mean(dim=0)).tolist()
+        return dict(zip(names, means, strict=True)) | {name: float(value) for name, value in extra.items()}
+
+    def _report_non_finite(self, step: int, names: list[str], *, together: bool) -> None:
+        batch = self.data.loader.batch(step)
+        names_A, names_B = self.data.loader.names_of(batch.index_A, batch.index_B)
+        path = ckpt.checkpoint_dir(self.run_dir) / f"nonfinite-{step + 1:08d}.ckpt"
+        if distributed.is_main():
+            ckpt.write_checkpoint(path, self._content())
+        if together:
+            distributed.any_rank(True)  # no rank leaves before the file is whole: torchrun ends them all with the first
+        which = ", ".join(names) if names else "a loss of another rank"
+        raise NonFiniteLossError(
+            f"{which} became infinite or NaN in step {step + 1} (epoch {batch.epoch}); the pictures of that step: "
+            f"A {', '.join(names_A)}; B {', '.join(names_B)}. The state at the time of reading is in {path}; the "
+            "checkpoints before it are untouched. A lower training.lr, or precision fp32, often helps"
+        )
+
+    def _due(self, every_epochs: float) -> bool:
+        """Whether the step just done completes another ``every_epochs`` epochs."""
+        if not every_epochs:
+            return False
+        length = every_epochs * self.data.loader.steps_per_epoch
+        return math.floor(self.step / length + 1e-9) > math.floor((self.step - 1) / length + 1e-9)
+
+    def _milestone(self) -> int | None:
+        """The milestone epoch that the step just done completes, if any."""
+        epoch, rest = divmod(self.step, self.data.loader.steps_per_epoch)
+        return epoch if rest == 0 and epoch in self.config.checkpoint.milestones else None
+
+    def _overdue(self) -> bool:
+        minutes = self.config.checkpoint.every_minutes
+        return bool(minutes) and distributed.is_main() and time.monotonic() - self._saved_at > 60 * minutes
+
+    def _show_samples(self, monitor: Monitor) -> None:
+        if distributed.is_main():
+            epoch = self.step / self.data.loader.steps_per_epoch
+            for name, image in self.samples.grids(f"{self.config.name}, epoch {epoch:.2f}, step {self.step}"):
+                monitor.picture(self.step, name, image)
+
+    def _evaluate(self, monitor: Monitor) -> bool:
+        """Measure the fixed test samples; returns whether this is the best state so far."""
+        if not distributed.is_main() or self.config.checkpoint.best == "none":
+            return False
+        measures = self.samples.measure()
+        monitor.measured(self.step, measures)
+        value = measures[f"test_{self.config.checkpoint.best}"]
+        is_best = value < self.best
+        self.best = min(value, self.best)
+        return is_best
+
+    def _save(self, is_best: bool = False) -> None:
+        """Write the checkpoint of this step, keep it under its further names, drop old ones."""
+        self._saved_at = time.monotonic()
+        if not distributed.is_main():
+            return
+        finite = [p.detach().isfinite().all() for module in self.modules.values() for p in module.parameters()]
+        if not bool(torch.stack(finite).all()):
+            self._report_non_finite(self.step - 1, ["a weight"], together=False)
+        path = ckpt.step_path(self.run_dir, self.step)
+        if self._saved_step != self.step or not path.exists():
+            ckpt.write_checkpoint(path, self._content())
+            self._saved_step = self.step
+        if is_best:
+            ckpt.keep_also_as(path, ckpt.checkpoint_dir(self.run_dir) / "best.ckpt")
+        if (epoch := self._milestone()) is not None:
+            ckpt.keep_also_as(path, ckpt.milestone_path(self.run_dir, epoch))
+        ckpt.prune(self.run_dir, self.config.checkpoint.keep)
+
+    def _content(self) -> dict[str, Any]:
+        """All that a run consists of at this moment."""
+        loader = self.data.loader
+        return {
+            "config": to_dict(self.config),
+            **{name: module.state_dict() for name, module in self.modules.items()},
+            "optimizer_G": self.state.optimizer_G.state_dict(),
+            "optimizer_D": self.state.optimizer_D.state_dict(),
+            "scaler": self.state.scaler.state_dict(),
+            "pools": {name: pool.state_dict() for name, pool in self.pools.items()},
+            "position": {
+                "step": self.step,
+                "epoch": self.step / loader.steps_per_epoch,
+                "steps_per_epoch": loader.steps_per_epoch,
+                "pairs_per_step": self.pairs_per_step,
+            },
+            "best": self.best,
+            "history": self.history.state_dict(),
+            "data": self.data.digest,
+            "provenance": {
+                "version": __version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+                "device": _device_name(self.device),
+                "precision": self.precision,
+                "world_size": distributed.world_size(),
+                "time": time.time(),
+            },
+        }
+
+    def _load(self, path: Path, content: dict[str, Any]) -> None:
+        """Take over a checkpoint's state. Raises CheckpointError or ConfigError saying what does not fit."""
+        _check_same_experiment(self.config, content["config"], path)
+        position = content["position"]
+        if content["data"] != self.data.digest:
+            raise ckpt.CheckpointError(
+                f"the pictures are not those that {path} was trained on ({_digest_words(content['data'])} then, "
+                f"{_digest_words(self.data.digest)} now): restore them, or start a new run"
+            )
+        if position["pairs_per_step"] != self.pairs_per_step:
+            raise ConfigError(
+                f"{path} took {position['pairs_per_step']} pairs a step; training.batch x training.accumulate x "
+                f"processes is now {self.pairs_per_step}: choose them so that the product stays the same"
+            )
+        try:
+            for name, module in self.modules.items():
+                module.load_state_dict(content[name])
+            self.state.optimizer_G.load_state_dict(content["optimizer_G"])
+            self.state.optimizer_D.load_state_dict(content["optimizer_D"])
+            self.state.scaler.load_state_dict(content["scaler"])
+            for name, pool in self.pools.items():
+                pool.load_state_dict(content["pools"][name], self.device)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ckpt.CheckpointError(f"{path} does not fit this configuration: {error}") from error
+        self.history.load_state_dict(content["history"], self.device)
+        self.step, self.best = position["step"], content["best"]
+        if distributed.is_main():
+            logger.info("resumed from %s: step %d of %d", path, self.step, self.total_steps)
+
+    def _open_monitor(self, total: int) -> Monitor:
+        monitor = Monitor(
+            self.run_dir,
+            step=self.step,
+            total_steps=total,
+            steps_per_epoch=self.data.loader.steps_per_epoch,
+            pairs_per_step=self.pairs_per_step,
+            tensorboard=self.config.monitor.tensorboard,
+            progress=self.config.monitor.progress,
+            active=distributed.is_main(),
+        )
+        monitor.text("config", to_yaml(self.config))
+        return monitor
+
+
+def _prepare_run(config: Config, resume: bool) -> tuple[Path, dict[str, Any]] | None:
+    """Make the run folder and find what to resume from. Raises RunExistsError, ConfigError, CheckpointError."""
+    run_dir = config.run_dir
+    with distributed.main_first():
+        found = ckpt.read_latest(run_dir) if resume else None
+        if not distributed.is_main():
+            return found
+        if not resume and ckpt.checkpoint_dir(run_dir).is_dir() and any(ckpt.checkpoint_dir(run_dir).iterdir()):
+            raise RunExistsError(
+                f"{run_dir} holds a run already: continue it with --resume, or choose another `name` or `out`"
+            )
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"out = {config.out!r}: cannot write the folder {run_dir}: {error.strerror}") from error
+    return found
+
+
+def _build_networks(config: Config, device: torch.device) -> dict[str, nn.Module]:
+    """The four networks by name, initialised from the seed, on the device."""
+    torch.manual_seed(config.seed)
+    modules = dict(zip(NETWORKS, (*build_generators(config.model), *build_discriminators(config.model)), strict=True))
+    memory_format = torch.channels_last if config.training.channels_last else torch.contiguous_format
+    return {name: module.to(device).to(memory_format=memory_format) for name, module in modules.items()}
+
+
+def _build_state(
+    config: Config, modules: dict[str, nn.Module], pools: dict[str, ImagePool], precision: str, device: torch.device
+) -> TrainState:
+    training, loss = config.training, config.loss
+    run = {name: torch.compile(module) if training.compile else module for name, module in modules.items()}
+
+    def adam(*names: str) -> torch.optim.Adam:
+        parameters = [parameter for name in names for parameter in modules[name].parameters()]
+        betas = (training.beta1, training.beta2)
+        return torch.optim.Adam(parameters, lr=training.lr, betas=betas, eps=training.adam_eps, fused=True)
+
+    return TrainState(
+        **run,
+        optimizer_G=adam("G_A", "G_B"),
+        optimizer_D=adam("D_A", "D_B"),
+        exchange_A=_shared(pools["A"]),
+        exchange_B=_shared(pools["B"]),
+        objective=Objective(
+            gan=GANLoss(loss.gan),
+            cycle_A=loss.cycle_A,
+            cycle_B=loss.cycle_B,
+            identity=loss.identity,
+            gradient_penalty=loss.gradient_penalty if loss.gan == "wgangp" else 0.0,
+            own_gradient=loss.generator_gradient == "own",
+        ),
+        autocast=_AUTOCAST.get(precision),
+        scaler=GradScaler(device.type, enabled=precision == "fp16"),
+        reduce=distributed.average_gradients if distributed.world_size() > 1 else None,
+    )
+
+
+def _shared(pool: ImagePool) -> Exchange:
+    """One pool for all processes: each sees every fake and makes the same draws, so the law is that of one process."""
+
+    def exchange(images: Tensor, accept: Tensor, slot: Tensor) -> Tensor:
+        first, count = distributed.rank() * images.shape[0], images.shape[0]
+        return pool.exchange(distributed.gather_batch(images), accept, slot)[first : first + count]
+
+    return exchange
+
+
+def _check_same_experiment(config: Config, saved: dict[str, Any], path: Path) -> None:
+    now, then = _flat(to_dict(config)), _flat(saved)
+    changed = [
+        f"{name} was {then.get(name)!r} and is now {now.get(name)!r}"
+        for name in sorted(now.keys() | then.keys())
+        if now.get(name) != then.get(name) and not name.startswith(_FREE)
+    ]
+    if changed:
+        raise ConfigError(f"cannot resume {path} with another configuration: {'; '.join(changed)}")
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _digest_words(digest: dict[str, Any]) -> str:
+    return f"{digest['count_A']} of A and {digest['count_B']} of B, list {digest['names'][:8]}"
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
