@@ -1,3 +1,55 @@
-"""cyclegan_fast: unpaired image-to-image translation, trained and used fast."""
+"""cyclegan_fast: unpaired image-to-image translation, trained and used fast.
 
-from cyclegan_fast.version import __version__ as __version__
+    import cyclegan_fast as cf
+
+    model = cf.load("runs/flowers")
+    model.translate("IMG_1.HEIC").save("out.jpg")
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from cyclegan_fast.version import __version__
+
+if TYPE_CHECKING:
+    from cyclegan_fast.config import Config, ConfigError, load_config
+    from cyclegan_fast.errors import InputError
+    from cyclegan_fast.inference.translate import Translator, load
+    from cyclegan_fast.models.reference import PatchDiscriminator, PixelDiscriminator, ResnetGenerator
+    from cyclegan_fast.training.trainer import train
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "InputError",
+    "PatchDiscriminator",
+    "PixelDiscriminator",
+    "ResnetGenerator",
+    "Translator",
+    "__version__",
+    "load",
+    "load_config",
+    "train",
+]
+
+# Where each public name lives. They are imported when first used: torch takes seconds, and much needs none of it.
+_HOMES = {
+    "Config": "config",
+    "ConfigError": "config",
+    "InputError": "errors",
+    "PatchDiscriminator": "models.reference",
+    "PixelDiscriminator": "models.reference",
+    "ResnetGenerator": "models.reference",
+    "Translator": "inference.translate",
+    "load": "inference.translate",
+    "load_config": "config",
+    "train": "training.trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

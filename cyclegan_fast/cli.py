@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cyclegan_fast.config import Config, ConfigError, describe, load_config, to_yaml
+from cyclegan_fast.config import Config, ConfigError, load_config, reference_page, to_yaml
 from cyclegan_fast.errors import InputError
 from cyclegan_fast.version import __version__
 
@@ -63,7 +63,7 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     train = commands.add_parser(
         "train",
         help="train a CycleGAN",
-        description="Train as a YAML file and `section.field=value` overrides say. Under torchrun, on several processes.",
+        description="Train as a YAML file and section.field=value overrides say; under torchrun on several processes.",
     )
     train.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings beside the file's")
     train.add_argument("--config", metavar="FILE", help="YAML file, see configs/")
@@ -143,8 +143,7 @@ def _add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 def _train(arguments: argparse.Namespace) -> int:
     if arguments.help_config:
-        for name, allowed, default, doc in describe():
-            print(f"{name} (default {default!r}; {allowed})\n    {doc}")
+        print(reference_page(), end="")
         return 0
     config, resume = _train_config(arguments)
     if os.environ.get("RANK", "0") == "0":

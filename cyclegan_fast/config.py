@@ -33,6 +33,7 @@ __all__ = [
     "describe",
     "from_dict",
     "load_config",
+    "reference_page",
     "to_dict",
     "to_yaml",
 ]
@@ -303,7 +304,23 @@ def describe() -> Iterator[tuple[str, str, Any, str]]:
     return walk(Config, "")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def reference_page() -> str:
+    """Every setting with its default, allowed values and meaning, as the Markdown of ``docs/config.md``."""
+    lines = [
+        "# Settings",
+        "",
+        "A YAML file given to `--config`, and `section.field=value` on the command line. `cyclegan-fast train "
+        "--help-config` prints this page.",
+    ]
+    section = None
+    for name, allowed, default, doc in describe():
+        head = name.rpartition(".")[0] or "top level"
+        if head != section:
+            section = head
+            lines += ["", f"## {section}", ""]
+        shown = yaml.safe_dump(list(default) if isinstance(default, tuple) else default, default_flow_style=True)
+        lines.append(f"* `{name}` = `{shown.splitlines()[0]}` ({allowed}): {doc}")
+    return "\n".join(lines) + "\n"
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

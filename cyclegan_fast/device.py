@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from cyclegan_fast.errors import InputError
+
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -15,7 +17,7 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def resolve_device(device: str) -> torch.device:
     """The device meant by ``auto`` (CUDA when there is one, else the CPU), ``cpu``, ``cuda`` or ``cuda:N``.
 
-    Raises ValueError for any other name, and for CUDA devices that this machine or this build of torch lacks.
+    Raises InputError for any other name, and for CUDA devices that this machine or this build of torch lacks.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -24,15 +26,15 @@ def resolve_device(device: str) -> torch.device:
     except RuntimeError:
         resolved = None
     if resolved is None or resolved.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {device!r} is not one of auto, cpu, cuda, cuda:N")
+        raise InputError(f"device {device!r} is not one of auto, cpu, cuda, cuda:N")
     if resolved.type == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
         why = "finds no usable GPU" if torch.version.cuda or torch.version.hip else "is a build for CPUs only"
-        raise ValueError(f"device {device!r} is not there: torch {torch.__version__} {why}; use `auto` or `cpu`")
+        raise InputError(f"device {device!r} is not there: torch {torch.__version__} {why}; use `auto` or `cpu`")
     if resolved.index is not None and resolved.index >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        raise ValueError(f"device {device!r} is not there: this machine has {count}, cuda:0 to cuda:{count - 1}")
+        raise InputError(f"device {device!r} is not there: this machine has {count}, cuda:0 to cuda:{count - 1}")
     return resolved
 
 
@@ -40,12 +42,12 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     """``fp32``, ``tf32``, ``bf16`` or ``fp16``: what ``precision`` means on ``device``.
 
     ``auto`` is bf16 where the hardware multiplies in bf16 (CUDA of capability 8 and above; CPUs with AMX or
-    AVX512-BF16), else fp16 on CUDA, else fp32. Raises ValueError for unknown names, and for tf32 and fp16 on a CPU.
+    AVX512-BF16), else fp16 on CUDA, else fp32. Raises InputError for unknown names, and for tf32 and fp16 on a CPU.
     """
     if precision not in PRECISIONS:
-        raise ValueError(f"training.precision = {precision!r} is not one of {', '.join(PRECISIONS)}")
+        raise InputError(f"training.precision = {precision!r} is not one of {', '.join(PRECISIONS)}")
     if precision in ("tf32", "fp16") and device.type != "cuda":
-        raise ValueError(
+        raise InputError(
             f"training.precision = {precision!r} needs a CUDA device, not {device.type}: use auto, fp32 or bf16"
         )
     if precision != "auto":
@@ -69,17 +71,31 @@ def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    # Both are set, though there is no recurrent network here: torch refuses to read its older switch when they differ.
-    cudnn: Any = torch.backends.cudnn
-    switches = (cudnn.conv, cudnn.rnn)
-    before = [switch.fp32_precision for switch in switches]
+    before = _tf32_switches()
     try:
-        for switch in switches:
-            switch.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+        wanted = "tf32" if precision == "tf32" else "ieee"
+        _set_tf32_switches(precision == "tf32", wanted, wanted)
         yield
     finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.fp32_precision = value
+        _set_tf32_switches(*before)
+
+
+def _tf32_switches() -> tuple[bool | None, str, str]:
+    """cuDNN's switches: torch's older one (None where it is at odds with the others), and for conv and rnn."""
+    cudnn: Any = torch.backends.cudnn
+    try:
+        older = bool(cudnn.allow_tf32)
+    except RuntimeError:
+        older = None
+    return older, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+
+
+def _set_tf32_switches(older: bool | None, conv: str, rnn: str) -> None:
+    """Set all three, as parts of torch read the older one and raise when it does not agree with the others."""
+    cudnn: Any = torch.backends.cudnn
+    if older is not None:
+        cudnn.allow_tf32 = older
+    cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = conv, rnn
 
 
 def _cpu_multiplies_bf16() -> bool:

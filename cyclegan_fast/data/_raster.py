@@ -8,6 +8,7 @@ primitives, held as structures of arrays so that a layer costs a few numpy calls
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TypeAlias
 
@@ -16,9 +17,9 @@ import numpy.typing as npt
 from PIL import Image
 
 Floats: TypeAlias = npt.NDArray[np.float32]
-Ints: TypeAlias = npt.NDArray[np.int64]
+Ints: TypeAlias = npt.NDArray[np.int32]
 
-_SAMPLES_PER_PIXEL = 1.3  # along each direction of a surface: fewer leaves holes, more only costs time
+_SAMPLES_PER_PIXEL = 1.2  # along each direction of a surface: fewer leaves holes, more only costs time
 _CHUNK = 3_000_000  # points held at a time, which bounds the memory of a 4096 px picture
 
 
@@ -30,6 +31,12 @@ class Light:
     sun: Floats
     sky: Floats
     bounce: Floats
+
+    @property
+    def halfway(self) -> Floats:
+        """Unit vector between the sun and the camera: the normal of a surface that mirrors one into the other."""
+        both = self.direction + np.array([0, 0, 1], np.float32)
+        return np.asarray(both / np.linalg.norm(both))
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,9 @@ class Blades:
 
     @property
     def side(self) -> Floats:
-        return np.cross(self.normal, self.out).astype(np.float32)
+        """The direction across each blade, [n, 3]."""
+        a, b = self.normal, self.out
+        return np.stack([a[:, i - 2] * b[:, i - 1] - a[:, i - 1] * b[:, i - 2] for i in range(3)], axis=1)
 
     def take(self, rows: slice) -> Blades:
         """The blades `rows`."""
@@ -79,99 +88,127 @@ class Blades:
         a, b = self.outline
         peak = a / (a + b) if a + b > 0 else 0.5
         top = peak**a * (1 - peak) ** b
-        return (t**a * (1 - t) ** b / top).astype(np.float32)
+        return np.asarray(t**a * (1 - t) ** b / top, np.float32)
 
     def grid(self, side: int) -> tuple[Floats, Floats]:
         """Samples (t, v) that leave no hole at `side` pixels a frame."""
         rows = int(float(self.length.max()) * side * _SAMPLES_PER_PIXEL) + 3
-        columns = int(2 * float((self.width * np.maximum(1, np.abs(self.cup))).max()) * side * _SAMPLES_PER_PIXEL) + 2
+        spread = float((self.width * (1 + 0.3 * self.cup * self.cup)).max())
+        columns = int(2 * spread * side * _SAMPLES_PER_PIXEL) + 2
         t = (np.arange(rows, dtype=np.float32) + 0.5) / rows
         v = (2 * (np.arange(columns, dtype=np.float32) + 0.5) / columns - 1).astype(np.float32)
         return t, v
 
-    def points(self, t: Floats, v: Floats) -> list[Floats]:
-        """x, y, z of every sample, each [n, len(t), len(v)]."""
-        angle = self.elevation[:, None] + self.curl[:, None] * t
-        curl = np.where(np.abs(self.curl) < 1e-3, np.float32(1e-3), self.curl)[:, None]
-        sine, cosine = np.sin(angle), np.cos(angle)
+    def points(self, t: Floats, v: Floats) -> Floats:
+        """x, y, z of every sample: [n, 3, len(t) len(v)]."""
+        # A straight blade is a slightly bent one: the integral of the direction divides by the bend.
+        curl = np.where(np.abs(self.curl) < 0.02, np.float32(0.02), self.curl)[:, None]
         start = self.elevation[:, None]
-        along = self.length[:, None] * (sine - np.sin(start)) / curl
-        lift = self.length[:, None] * (np.cos(start) - cosine) / curl
+        angle = start + curl * t
+        sine, cosine = np.sin(angle), np.cos(angle)
+        scale = self.length[:, None] / curl
         width = self.width[:, None] * self.width_at(t)
-        height = self.cup[:, None, None] * (v * v) + self.twist * v
+        square = v * v
+        height = self.cup[:, None, None] * square + self.twist * v
         if self.ruffle:
-            height = height + self.ruffle * np.sin(self._ruffle_angle(t[:, None], v, self.phase[:, None, None])) * (v * v)
+            height = height + self.ruffle * np.sin(self._ruffle_angle(t[:, None], v, self.phase[:, None, None])) * square
         height = height * width[:, :, None]
-        along, lift = along[:, :, None] - height * sine[:, :, None], lift[:, :, None] + height * cosine[:, :, None]
+        local = np.empty((len(self), 3, len(t), len(v)), np.float32)  # along `out`, along `normal`, across
+        np.multiply(height, -sine[:, :, None], out=local[:, 0])
+        np.multiply(height, cosine[:, :, None], out=local[:, 1])
+        np.multiply(width[:, :, None], v, out=local[:, 2])
+        local[:, 0] += (scale * (sine - np.sin(start)))[:, :, None]
+        local[:, 1] += (scale * (np.cos(start) - cosine))[:, :, None]
+        local[:, 2] += ((self.sway * self.length)[:, None] * (t * t))[:, :, None]
         if self.notch[0]:
-            depth = self.length[:, None, None] * (self.notch[0] * t**3)[:, None] * np.cos(np.pi * self.notch[1] * v)
-            along, lift = along - depth * cosine[:, :, None], lift - depth * sine[:, :, None]
-        across = width[:, :, None] * v + ((self.sway * self.length)[:, None] * t**2)[:, :, None]
-        side = self.side
-        return [
-            self.base[:, c, None, None]
-            + along * self.out[:, c, None, None]
-            + lift * self.normal[:, c, None, None]
-            + across * side[:, c, None, None]
-            for c in range(3)
-        ]
+            wave = np.cos(np.pi * self.notch[1] * v)
+            depth = self.length[:, None, None] * (self.notch[0] * t * t * t)[:, None] * wave
+            local[:, 0] -= depth * cosine[:, :, None]
+            local[:, 1] -= depth * sine[:, :, None]
+        frames = np.stack([self.out, self.normal, self.side], axis=2)
+        points: Floats = frames @ local.reshape(len(self), 3, -1)
+        points += self.base[:, :, None]
+        return points
 
     @staticmethod
     def _ruffle_angle(t: Floats, v: Floats, phase: Floats) -> Floats:
         return phase + 13 * t + 2.2 * v
 
     def shade(self, which: Ints, t: Floats, v: Floats, light: Light) -> Floats:
-        """Linear RGB [m, 3] of m samples (blade `which`, t, v): sun, sky, light through the blade, gloss."""
+        """Linear RGB [3, m] of m samples (blade `which`, t, v): sun, sky, light through the blade, gloss."""
         angle = self.elevation[which] + self.curl[which] * t
         sine, cosine = np.sin(angle), np.cos(angle)
-        across = 2 * self.cup[which] * v + self.twist
-        along = np.float32(0)
+        pattern, groove = self._veins(t, v)
+        across = 2 * self.cup[which] * v + self.twist + groove
+        along: Floats | None = None
         if self.ruffle:
             wave = self._ruffle_angle(t, v, self.phase[which])
             across = across + self.ruffle * 2 * v * np.sin(wave)
             along = self.ruffle * 13 * v * v * np.cos(wave) * (self.width / self.length)[which]
-        pattern, groove = self._veins(t, v)
-        across = across + groove
-        scale = 1 / np.sqrt(1 + across * across + along * along)
+        scale = 1 / np.sqrt(1 + across * across + (0 if along is None else along * along))
         side = self.side
-        half = light.direction + np.array([0, 0, 1], np.float32)
-        half = half / np.linalg.norm(half)
 
         def facing(axis: Floats) -> Floats:
             """Cosine between the surface normal and a unit vector."""
-            out, normal, sideways = (self.out @ axis)[which], (self.normal @ axis)[which], (side @ axis)[which]
-            tangent = cosine * out + sine * normal
-            return np.asarray((cosine * normal - sine * out - across * sideways - along * tangent) * scale)
+            out, normal = (self.out @ axis)[which], (self.normal @ axis)[which]
+            cosines = cosine * normal - sine * out - across * (side @ axis)[which]
+            if along is not None:
+                cosines -= along * (cosine * out + sine * normal)
+            return np.asarray(cosines * scale)
 
         back = np.sign(facing(np.array([0, 0, 1], np.float32)))
         sun = facing(light.direction) * back
         up = -facing(np.array([0, 1, 0], np.float32)) * back
-        glint = self.gloss * np.clip(facing(half) * back, 0, 1) ** 24
         direct = np.where(sun > 0, sun, -self.through * sun)
+        ambient = 0.55 + 0.45 * up
+        shine = self.gloss * _power16(np.clip(1.12 * facing(light.halfway) * back - 0.12, 0, 1))
         colour = self._colour(which, t, v, pattern)
-        ambient = (0.55 + 0.45 * up)[:, None] * (light.sky - light.bounce) + light.bounce
-        return np.asarray(colour * (direct[:, None] * light.sun + ambient) + glint[:, None] * light.sun, np.float32)
+        for c in range(3):
+            sky, bounce = light.sky[c], light.bounce[c]
+            colour[c] *= direct * light.sun[c] + ambient * (sky - bounce) + bounce
+            colour[c] += shine * light.sun[c]
+        return colour
 
-    def _veins(self, t: Floats, v: Floats) -> tuple[Floats, Floats]:
-        """Darkening of the colour by the veins, and the slope of the grooves they run in."""
+    def _veins(self, t: Floats, v: Floats) -> tuple[Floats, Floats | np.float32]:
+        """Factor of the colour along the veins, and the slope of the grooves they run in."""
         count, strength, slant = self.veins
         if not strength:
-            return np.ones_like(t), np.zeros_like(t)
-        where = (1 - slant) * v + slant * (t - 0.45 * np.abs(v))
-        wave = np.pi * count * where
-        line = np.cos(wave) ** 2
-        pattern = 1 - strength * line**3 * (1 - 0.6 * t)
+            return np.ones_like(t), np.float32(0)
+        wave = np.pi * count * ((1 - slant) * v + slant * (t - 0.45 * np.abs(v)))
+        line = np.cos(wave)
+        fourth = line * line * line * line
+        pattern = 1 - strength * fourth * (1 - 0.6 * t)
         if slant:  # a leaf has a pale midrib
-            pattern = pattern * 0.9 + 0.45 * np.exp(-((v / 0.07) ** 2))
-        return pattern.astype(np.float32), (0.5 * strength * np.sin(2 * wave)).astype(np.float32)
+            pattern = pattern * 0.9 + 0.4 * np.clip(1 - np.abs(v) / 0.1, 0, 1)
+        return pattern, 0.6 * strength * line * np.sin(wave)
 
     def _colour(self, which: Ints, t: Floats, v: Floats, pattern: Floats) -> Floats:
+        """Linear RGB [3, m] of the blade itself."""
         mix = np.clip((t - 0.12) / max(self.blotch, 1e-3), 0, 1)
-        mix = (mix * mix * (3 - 2 * mix))[:, None]
-        rim = np.maximum(v**4 * 0.8, np.clip(4 * t - 3, 0, 1) * 0.6)[:, None]
-        colour = self.inner[which] * (1 - mix) + self.outer[which] * mix
-        colour = colour * (1 - rim) + self.edge[which] * rim
-        return np.asarray(colour * pattern[:, None])
+        mix = mix * mix * (3 - 2 * mix)
+        square = v * v
+        rim = np.maximum(square * square * 0.8, np.clip(4 * t - 3, 0, 1) * 0.6)
+        inner, outer, edge = (1 - mix) * (1 - rim) * pattern, mix * (1 - rim) * pattern, rim * pattern
+        colour = np.empty((3, len(t)), np.float32)
+        for c in range(3):
+            colour[c] = self.inner[which, c] * inner + self.outer[which, c] * outer + self.edge[which, c] * edge
+        return colour
+
+
+def merged(items: Sequence[Blades | Blobs]) -> list[Blades | Blobs]:
+    """The same surfaces in as few structures as possible: each costs a fixed time to draw."""
+    groups: dict[tuple[object, ...], list[Blades | Blobs]] = {}
+    for item in items:
+        fixed = tuple(getattr(item, f.name) for f in fields(item) if f.type != "Floats")
+        groups.setdefault((type(item), *fixed), []).append(item)
+    return [_concatenated(group) for group in groups.values()]
+
+
+def _concatenated(items: list[Blades | Blobs]) -> Blades | Blobs:
+    if len(items) == 1:
+        return items[0]
+    names = [f.name for f in fields(items[0]) if f.type == "Floats"]
+    return replace(items[0], **{name: np.concatenate([getattr(item, name) for item in items]) for name in names})
 
 
 @dataclass(frozen=True)
@@ -201,29 +238,33 @@ class Blobs:
         inside = u * u + v * v <= 1.02
         return u[inside], v[inside]
 
-    def points(self, u: Floats, v: Floats) -> list[Floats]:
-        """x, y, z of every sample, each [n, len(u)]."""
-        bulge = np.sqrt(np.clip(1 - u * u - v * v, 0, 1))
-        return [self.centre[:, c, None] + self.radius[:, None] * unit for c, unit in enumerate((u, v, bulge))]
+    def points(self, u: Floats, v: Floats) -> Floats:
+        """x, y, z of every sample: [n, 3, len(u)]."""
+        unit = np.stack([u, v, np.sqrt(np.clip(1 - u * u - v * v, 0, 1))])
+        return self.centre[:, :, None] + self.radius[:, None, None] * unit
 
     def shade(self, which: Ints, u: Floats, v: Floats, light: Light) -> Floats:
-        """Linear RGB [m, 3] of m samples."""
+        """Linear RGB [3, m] of m samples."""
         bulge = np.sqrt(np.clip(1 - u * u - v * v, 0, 1))
         x, y, z = (float(c) for c in light.direction)
         sun = np.clip(u * x + v * y + bulge * z, 0, 1)
-        glint = self.gloss * sun**24
-        ambient = (0.55 - 0.45 * v)[:, None] * (light.sky - light.bounce) + light.bounce
-        lit = self.colour[which] * (sun[:, None] * light.sun + ambient + self.glow[which][:, None])
-        return np.asarray(lit + glint[:, None] * light.sun, np.float32)
+        shine = self.gloss * _power16(sun)
+        ambient, glow = 0.55 - 0.45 * v, self.glow[which]
+        colour = np.empty((3, len(u)), np.float32)
+        for c in range(3):
+            received = sun * light.sun[c] + ambient * (light.sky[c] - light.bounce[c]) + light.bounce[c] + glow
+            colour[c] = self.colour[which, c] * received + shine * light.sun[c]
+        return colour
 
 
 class Canvas:
-    """A square layer being drawn: linear RGB, coverage and z of the nearest surface, `side` pixels a frame."""
+    """A square layer being drawn: linear RGB and z of the nearest surface (-inf: none), `side` pixels a frame."""
 
     def __init__(self, side: int) -> None:
         self.side = side
-        self.rgb = np.zeros((side * side, 3), np.float32)
+        self.rgb = np.zeros((3, side * side), np.float32)
         self.z = np.full(side * side, -np.inf, np.float32)
+        self._rows = [side, 0]  # first and last + 1 that anything was drawn in
 
     def draw(self, items: Blades | Blobs, light: Light) -> None:
         """Draw what is nearer than what is there."""
@@ -236,62 +277,105 @@ class Canvas:
             self._draw(items.take(slice(start, start + step)), first, second, per_item, light)
 
     def _draw(self, items: Blades | Blobs, first: Floats, second: Floats, per_item: int, light: Light) -> None:
-        x, y, z = (np.asarray(axis, np.float32).ravel() for axis in items.points(first, second))
-        pixels, points = self._nearest(x, y, z)
-        nearer = z[points] > self.z[pixels]
-        pixels, points = pixels[nearer], points[nearer]
-        which, rest = np.divmod(points, per_item)
+        pixels, points, z = self._nearest(items.points(first, second))
+        nearer = z > self.z[pixels]
+        pixels, points, z = pixels[nearer], points[nearer], z[nearer]
+        if not len(pixels):
+            return
+        which, rest = np.divmod(points, np.int32(per_item))
         if isinstance(items, Blobs):
             colour = items.shade(which, first[rest], second[rest], light)
         else:
-            row, column = np.divmod(rest, len(second))
+            row, column = np.divmod(rest, np.int32(len(second)))
             colour = items.shade(which, first[row], second[column], light)
-        self.rgb[pixels] = colour
-        self.z[pixels] = z[points]
+        for c in range(3):
+            self.rgb[c, pixels] = colour[c]
+        self.z[pixels] = z
+        top, bottom = int(pixels[0]) // self.side, int(pixels[-1]) // self.side + 1
+        self._rows = [min(self._rows[0], top), max(self._rows[1], bottom)]
 
-    def _nearest(self, x: Floats, y: Floats, z: Floats) -> tuple[Ints, Ints]:
-        """Pixels hit by any point, and the nearest point of each."""
-        column = np.floor(x * self.side).astype(np.int32)
-        row = np.floor(y * self.side).astype(np.int32)
-        inside = np.flatnonzero((column >= 0) & (column < self.side) & (row >= 0) & (row < self.side))
+    def _nearest(self, points: Floats) -> tuple[Ints, Ints, Floats]:
+        """Pixels hit by any of the points [n, 3, K] in rising order, and the index and z of the nearest one of each."""
+        side = np.float32(self.side)
+        column, row = ((points[:, c] * side).astype(np.int32).ravel() for c in range(2))
+        pixel = row * np.int32(self.side) + column
+        inside = np.flatnonzero((column.view(np.uint32) < self.side) & (row.view(np.uint32) < self.side))
+        inside = inside.astype(np.int32)
         if not len(inside):
-            return inside, inside
+            return inside, inside, np.zeros(0, np.float32)
+        z = np.ascontiguousarray(points[:, 2]).ravel()
         depth = z[inside]
         low, high = float(depth.min()), float(depth.max())
         # 16 bits are what numpy sorts by radix; a stable sort writes the nearest point of a pixel last.
-        key = ((depth - low) * (65535 / max(high - low, 1e-6))).astype(np.uint16)
-        points = inside[np.argsort(key, kind="stable")]
-        hit = np.full(self.side * self.side, -1, np.int64)
-        hit[(row[points] * self.side + column[points])] = points
-        gap = np.flatnonzero((hit[1:-1] < 0) & (hit[:-2] >= 0) & (hit[2:] >= 0)) + 1
-        hit[gap] = hit[gap - 1]
-        pixels = np.flatnonzero(hit >= 0)
-        return pixels, hit[pixels]
+        key = ((depth - low) * np.float32(65535 / max(high - low, 1e-6))).astype(np.uint16)
+        order = inside[np.argsort(key, kind="stable")]
+        target = pixel[order]
+        first = max(0, int(target.min()) - self.side)
+        hit = np.full(min(self.side * self.side, int(target.max()) + 1 + self.side) - first, -1, np.int32)
+        hit[target - np.int32(first)] = order
+        for step in (1, self.side):  # close holes of one pixel, along and down
+            empty = hit < 0
+            gap = np.flatnonzero(empty[step:-step] & ~(empty[: -2 * step] | empty[2 * step :])) + step
+            hit[gap] = hit[gap - step]
+        pixels = np.flatnonzero(hit >= 0).astype(np.int32)
+        nearest = hit[pixels]
+        return pixels + np.int32(first), nearest, z[nearest]
 
     def contact_shadows(self, light: Light, reach: float = 0.02, strength: float = 0.6) -> None:
         """Darken what lies behind something that stands towards the sun within about `reach` frames."""
-        covered = np.isfinite(self.z)
-        if not covered.any():
+        top, bottom = self._rows
+        if top >= bottom or strength <= 0:
             return
-        floor = self.z[covered].min()
-        z = np.where(covered, self.z, floor).reshape(self.side, self.side)
-        around = box_blur(z, max(1, round(reach * self.side)))
-        shift = np.round(light.direction[:2] * reach * self.side).astype(int)
-        around = np.roll(around, (-int(shift[1]), -int(shift[0])), axis=(0, 1))
-        hidden = np.clip((around - z) / (1.6 * reach), 0, 1).ravel()
-        self.rgb *= (1 - strength * hidden)[:, None]
+        block = slice(top * self.side, bottom * self.side)
+        z = self.z[block].reshape(-1, self.side)
+        covered = np.isfinite(z)
+        filled = np.where(covered, z, z[covered].min())
+        step = max(1, self.side // 128)  # the mean is smooth: a coarse grid will do
+        coarse = np.ascontiguousarray(filled[::step, ::step])
+        around = box_blur(coarse, max(1, round(reach * self.side / step)))
+        down, right = (-round(float(light.direction[c]) * reach * self.side / step) for c in (1, 0))
+        around = np.roll(around, (down, right), axis=(0, 1))
+        smooth = np.asarray(Image.fromarray(around).resize(z.shape[::-1], Image.Resampling.BILINEAR))
+        hidden = np.clip((smooth - filled) / np.float32(1.6 * reach), 0, 1)
+        self.rgb[:, block] *= (1 - np.float32(strength) * hidden).ravel()
 
     def layer(self, size: int) -> tuple[Floats, Floats]:
         """Premultiplied linear RGBA [4, size, size] and z [size, size] (the nearest surface; -inf where empty)."""
         factor = self.side // size
-        covered = np.isfinite(self.z)
-        rgba = np.concatenate([self.rgb.T * covered, covered[None].astype(np.float32)])
         if factor == 1:
-            return rgba.reshape(4, size, size), self.z.reshape(size, size)
-        blocks = rgba.reshape(4, size, factor, size, factor)
-        averaged = sum(blocks[:, :, i, :, j] for i in range(factor) for j in range(factor)) / factor**2
-        z = self.z.reshape(size, factor, size, factor).max(axis=(1, 3))
-        return np.asarray(averaged, np.float32), z
+            rgba = np.concatenate([self.rgb, np.isfinite(self.z)[None]])
+            return rgba.astype(np.float32, copy=False).reshape(4, size, size), self.z.reshape(size, size)
+        rgba = np.zeros((4, size, size), np.float32)
+        z = np.full((size, size), -np.inf, np.float32)
+        top, bottom = self._rows[0] // factor, -(-self._rows[1] // factor)
+        if top >= bottom:
+            return rgba, z
+        block = slice(top * factor * self.side, bottom * factor * self.side)
+        fine = self.z[block].reshape(-1, self.side)
+        z[top:bottom] = _reduce(fine, factor, np.maximum)
+        share = np.float32(1 / factor**2)
+        for c in range(3):
+            rgba[c, top:bottom] = _reduce(self.rgb[c, block].reshape(-1, self.side), factor, np.add) * share
+        rgba[3, top:bottom] = _reduce(np.isfinite(fine).astype(np.float32), factor, np.add) * share
+        return rgba, z
+
+
+def _reduce(image: Floats, factor: int, operation: np.ufunc) -> Floats:
+    """Blocks of factor x factor pixels as one."""
+    for _ in range(2):
+        parts = [image[i::factor] for i in range(factor)]
+        total = parts[0]
+        for part in parts[1:]:
+            total = operation(total, part)
+        image = total.T
+    return np.asarray(image)
+
+
+def _power16(x: Floats) -> Floats:
+    x = x * x
+    x = x * x
+    x = x * x
+    return x * x
 
 
 def box_blur(image: Floats, radius: int) -> Floats:

@@ -26,7 +26,7 @@ import stat
 import struct
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -122,8 +122,8 @@ class Photo:
     """
 
     image: Image.Image
-    exif: bytes
-    icc_profile: bytes | None
+    exif: bytes = field(repr=False)
+    icc_profile: bytes | None = field(repr=False)
     format: str
     path: Path
 
@@ -195,7 +195,9 @@ def save_photo(image: Image.Image, path: str | Path, *, like: Photo | None = Non
         known = ", ".join(sorted(_SAVED_AS))
         raise PhotoError(path, f"the suffix {path.suffix!r} names no format that can be written: use one of {known}")
     try:
-        encoded = _encode(image, file_format, like, quality)
+        encoded = _encode(image, path, file_format, like, quality)
+    except PhotoError:
+        raise
     except Exception as error:
         width, height = image.size
         raise PhotoError(
@@ -254,9 +256,10 @@ def _identify(path: Path, file: IO[bytes]) -> ImageFile.ImageFile:
     file_format = _format_of(head)
     if file_format is None:
         raise PhotoError(path, f"not a picture in a known format ({_KNOWN}); it begins with {bytes(head[:12])!r}")
-    reader = _heif_reader(path) if file_format == "HEIF" else _READERS[file_format]
+    reader = _heif_package(path).HeifImageFile if file_format == "HEIF" else _READERS[file_format]
     try:
-        return reader(file, "")
+        image: ImageFile.ImageFile = reader(file, "")
+        return image
     except SyntaxError as error:
         raise PhotoError(path, f"it begins like a {file_format} file, but is damaged: {_words(error)}") from error
 
@@ -291,13 +294,12 @@ def _format_of(head: bytes) -> str | None:
     return next((name for signature, name in signatures.items() if head.startswith(signature)), None)
 
 
-def _heif_reader(path: Path) -> type[ImageFile.ImageFile]:
+def _heif_package(path: Path) -> Any:
     try:
-        from pillow_heif import HeifImageFile
+        import pillow_heif
     except ImportError:
         raise PhotoError(path, "HEIC pictures need the package pillow-heif: pip install pillow-heif") from None
-    reader: type[ImageFile.ImageFile] = HeifImageFile
-    return reader
+    return pillow_heif
 
 
 def _refuse_unusable(path: Path, image: ImageFile.ImageFile) -> None:
@@ -431,31 +433,46 @@ def _apply_profile(colour: Image.Image, profile: ImageCms.ImageCmsProfile) -> Im
         colour = colour.convert("RGB")
     if {"L": "GRAY", "LAB": "Lab"}.get(colour.mode, colour.mode) != space:
         raise ValueError(f"it describes {space} but the pixels are {colour.mode}")
-    transform = ImageCms.buildTransform(
+    transform = _transform_to_srgb(profile, colour.mode)
+    if colour.mode == "L":
+        ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
+        table = np.asarray(_transformed(ramp, transform))[0, :, 0]
+        return colour if _equal_up_to_rounding(table, np.arange(256)) else colour.point(table.tolist())
+    if colour.mode == "RGB":
+        steps = np.arange(0, 256, 17, dtype=np.uint8)
+        grid = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(1, -1, 3)
+        if _equal_up_to_rounding(np.asarray(_transformed(Image.fromarray(grid), transform)), grid):
+            return colour
+    return _transformed(colour, transform)
+
+
+def _transform_to_srgb(profile: ImageCms.ImageCmsProfile, mode: str) -> ImageCms.ImageCmsTransform:
+    """The transform; lcms precalculates it on a grid where evaluating each pixel would take long.
+
+    The grid is a level off for RGB and up to three for CMYK, but up to nine for gray, of which there are only 256
+    values to evaluate, and seven for LAB, which is rare.
+    """
+    precision = ImageCms.Flags.NOOPTIMIZE if mode in ("L", "LAB") else ImageCms.Flags.HIGHRESPRECALC
+    return ImageCms.buildTransform(
         profile,
         ImageCms.createProfile("sRGB"),
-        colour.mode,
+        mode,
         "RGB",
         renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
-        flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        flags=ImageCms.Flags.BLACKPOINTCOMPENSATION | precision,
     )
-    if _changes_nothing(transform, colour.mode):
-        return colour
-    converted = ImageCms.applyTransform(colour, transform)
-    if converted is None:
+
+
+def _transformed(image: Image.Image, transform: ImageCms.ImageCmsTransform) -> Image.Image:
+    result = ImageCms.applyTransform(image, transform)
+    if result is None:
         raise ValueError("the conversion gave no picture")
-    return converted.getchannel("R") if colour.mode == "L" else converted
+    return result
 
 
-def _changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
-    """Whether a profile is sRGB up to rounding: its pixels are then kept to the bit instead of rounded once more."""
-    if mode not in ("L", "RGB"):
-        return False
-    steps = np.arange(0, 256, 17 if mode == "RGB" else 1, dtype=np.uint8)
-    samples = np.stack(np.meshgrid(*[steps] * len(mode)), axis=-1).reshape(1, -1, len(mode))
-    grid = Image.fromarray(samples if mode == "RGB" else samples[..., 0])
-    converted = np.asarray(ImageCms.applyTransform(grid, transform), dtype=np.int16)
-    return bool(np.abs(converted - samples).max() <= 1)
+def _equal_up_to_rounding(converted: np.ndarray[Any, Any], original: np.ndarray[Any, Any]) -> bool:
+    """Whether a profile is sRGB in effect: pixels are then kept to the bit instead of being rounded once more."""
+    return bool(np.abs(converted.astype(np.int16) - original.astype(np.int16)).max() <= 1)
 
 
 def _srgb_profile() -> bytes:
@@ -466,18 +483,18 @@ def _srgb_profile() -> bytes:
 
 
 def _raw_exif(image: ImageFile.ImageFile) -> bytes:
-    """The EXIF block as it lies in the file, b"" when there is none."""
+    """The EXIF block as it lies in the file, from its byte order on, b"" when there is none."""
     exif = image.info.get("exif")
     if exif is None and image.format == "PNG":
         if "Raw profile type exif" in image.info:  # ImageMagick, before PNG had a chunk for it
             return _exif_from_text(str(image.info["Raw profile type exif"]))
         return _late_png_exif(image)
-    return exif if isinstance(exif, bytes) else b""
+    return exif.removeprefix(_EXIF_HEADER) if isinstance(exif, bytes) else b""
 
 
 def _exif_from_text(text: str) -> bytes:
     try:
-        return bytes.fromhex("".join(text.split("\n")[3:]))
+        return bytes.fromhex("".join(text.split("\n")[3:])).removeprefix(_EXIF_HEADER)
     except ValueError:
         return b"not hexadecimal"
 
@@ -493,7 +510,7 @@ def _late_png_exif(image: ImageFile.ImageFile) -> bytes:
         while len(head := file.read(8)) == 8:
             length, kind = struct.unpack(">I4s", head)
             if kind == b"eXIf":
-                return _EXIF_HEADER + file.read(length)
+                return file.read(length)
             file.seek(length + 4, os.SEEK_CUR)
         return b""
     finally:
@@ -507,7 +524,7 @@ def _upright_exif(raw: bytes) -> tuple[int, bytes]:
     """
     if not raw:
         return 1, b""
-    block = bytearray(raw.removeprefix(_EXIF_HEADER))
+    block = bytearray(raw)
     orientation = 1
     try:
         order = {b"II*\0": "<", b"MM\0*": ">"}[bytes(block[:4])]
@@ -586,36 +603,42 @@ def _descriptive_exif(source: Image.Exif) -> bytes:
     return exif.tobytes() if len(exif) or exif.get_ifd(_EXIF_IFD) or exif.get_ifd(_GPS_IFD) else b""
 
 
-def _encode(image: Image.Image, file_format: str, like: Photo | None, quality: int) -> bytes:
+def _encode(image: Image.Image, path: Path, file_format: str, like: Photo | None, quality: int) -> bytes:
     """The whole file in memory: encoders then cannot fail half way through a file."""
     picture = _for_format(image, file_format)
-    options: dict[str, Any] = {}
-    exif = like.exif if like is not None else b""
-    if exif and file_format == "JPEG" and len(exif) > _JPEG_EXIF_LIMIT:
-        logger.warning("the EXIF block of %s (%d bytes) does not fit into a JPEG and is left out", like, len(exif))
-        exif = b""
-    if exif and file_format not in ("BMP", "PPM"):
-        options["exif"] = exif
-    if like is not None and like.icc_profile and picture.mode in ("RGB", "RGBA") and file_format != "PPM":
-        options["icc_profile"] = _srgb_profile()
+    if path.suffix.lower() == ".pgm" and picture.mode != "L":
+        raise ValueError("a .pgm file holds gray pictures only: name it .ppm")
+    options = _metadata(picture, path, file_format, like)
     buffer = io.BytesIO()
     if file_format == "HEIF":
-        import pillow_heif
-
-        pillow_heif.from_pillow(picture).save(buffer, quality=quality, **options)
+        _heif_package(path).from_pillow(picture).save(buffer, quality=quality, **options)
         return buffer.getvalue()
-    if file_format == "TIFF":
-        options["compression"] = "tiff_adobe_deflate"
-        if exif:
-            parsed = Image.Exif()
-            parsed.load(exif)
-            options["exif"] = _descriptive_exif(parsed)
-    elif file_format in ("JPEG", "AVIF"):
+    if file_format in ("JPEG", "AVIF"):
         options.update(quality=quality, subsampling="4:4:4")
     elif file_format == "WEBP":
         options["quality"] = quality
+    elif file_format == "TIFF" and "exif" not in options:
+        options["compression"] = "tiff_adobe_deflate"  # with EXIF directories Pillow can only write raw pixels
     picture.save(buffer, format=file_format, **options)
     return buffer.getvalue()
+
+
+def _metadata(picture: Image.Image, path: Path, file_format: str, like: Photo | None) -> dict[str, Any]:
+    """The EXIF block and the profile to write, as options for the encoder; {} for formats that hold neither."""
+    options: dict[str, Any] = {}
+    if like is None or file_format in ("BMP", "PPM"):
+        return options
+    if file_format == "JPEG" and len(like.exif) > _JPEG_EXIF_LIMIT:
+        logger.warning("%s: the EXIF block of %s (%d bytes) is too long for JPEG", path, like.path, len(like.exif))
+    elif like.exif and file_format == "TIFF":
+        parsed = Image.Exif()
+        parsed.load(like.exif)
+        options["exif"] = _descriptive_exif(parsed)
+    elif like.exif:
+        options["exif"] = like.exif
+    if like.icc_profile and picture.mode in ("RGB", "RGBA"):
+        options["icc_profile"] = _srgb_profile()
+    return options
 
 
 def _for_format(image: Image.Image, file_format: str) -> Image.Image:

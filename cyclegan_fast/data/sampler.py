@@ -122,15 +122,18 @@ def _mix_int(value: int) -> int:
 def _hash(counters: Int64Array, key: int) -> npt.NDArray[np.uint64]:
     """Element `counters` of the SplitMix64 sequence that starts at `key`."""
     # Arrays of at least one dimension: numpy wraps them around silently, where it warns for scalars.
+    value: npt.NDArray[np.uint64]
     value = (np.atleast_1d(counters).astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN) + np.uint64(key)
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
+    value = value ^ (value >> np.uint64(31))
+    return value
 
 
 def _uniform(counters: Int64Array, key: int) -> Float64Array:
     """Uniform float64 in [0, 1), 53 bits."""
-    return (_hash(counters, key) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    bits: Float64Array = (_hash(counters, key) >> np.uint64(11)).astype(np.float64)
+    return bits * 2.0**-53
 
 
 def _permutation(n: int, key: int) -> Int64Array:

@@ -284,8 +284,7 @@ def _report_left_out(left_out: Sequence[tuple[str, str]], total: int, split: str
 
 def _key(entries: Sequence[Entry], preprocess: Preprocess) -> str:
     """Hash of all that a store's bytes depend on."""
-    # os.path: Path.absolute keeps "..", and two spellings of a folder would make two stores.
-    files = [(entry.name, os.path.abspath(entry.path), entry.bytes, entry.mtime_ns) for entry in entries]
+    files = [(entry.name, str(entry.path.absolute()), entry.bytes, entry.mtime_ns) for entry in entries]
     text = json.dumps([_FORMAT, asdict(preprocess), files], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -569,7 +568,7 @@ def _decode_in_workers(tasks: Sequence[_Task], preprocess: Preprocess, data: Pat
     finally:
         stop.set()
         for worker in pool:
-            worker.kill()
+            worker.interrupt()
         for thread in threads:
             thread.join()
 
@@ -589,7 +588,7 @@ def _feed(
     except Exception as error:  # raised again by the thread that waits for the results
         done.put(error)
     finally:
-        worker.kill()
+        worker.close()
 
 
 class _Worker:
@@ -606,8 +605,7 @@ class _Worker:
         with contextlib.suppress(BrokenPipeError):
             answer = self._exchange(process, json.dumps(asdict(task)) + "\n")
         if not answer:
-            self._process = None
-            status = process.wait()
+            status = self.close()
             return _Failure(f"the process that decoded it died with status {status}, perhaps of memory", passing=True)
         message = json.loads(answer)
         for name, level, text in message["log"]:
@@ -616,17 +614,27 @@ class _Worker:
             raise OSError(*message["error"])
         return None if message["failure"] is None else _Failure(**message["failure"])
 
-    def kill(self) -> None:
-        """End the process, whatever it is doing."""
-        process, self._process = self._process, None
+    def interrupt(self) -> None:
+        """End the process, whatever it is doing; may be called by another thread than the one that asks."""
+        process = self._process
         if process is not None:
             process.kill()
-            process.communicate()
+
+    def close(self) -> int:
+        """End the process and let go of its pipes; its exit status, 0 if there is no process."""
+        process, self._process = self._process, None
+        if process is None:
+            return 0
+        if process.stdin is not None and process.stdout is not None:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()  # an idle process ends by itself at the end of its input
+            process.stdout.close()
+        return process.wait()
 
     def _start(self) -> subprocess.Popen[str]:
         # One thread each: the parallelism is over processes.
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        process = subprocess.Popen(
+        process = self._process = subprocess.Popen(
             [sys.executable, "-c", _WORKER_PROGRAM, self._settings],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -636,10 +644,9 @@ class _Worker:
         )
         if not self._exchange(process, ""):
             raise DataError(
-                f"a decoding process ended with status {process.wait()} at its start (see its message above); "
+                f"a decoding process ended with status {self.close()} at its start (see its message above); "
                 "data.workers=1 decodes without further processes"
             )
-        self._process = process
         return process
 
     @staticmethod

@@ -6,6 +6,7 @@ The notation follows the code, with the paper's beside it where both are shown: 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
 from cyclegan_fast.data.photo import open_photo
+from cyclegan_fast.errors import InputError
 from cyclegan_fast.inference.translate import Translator, load
 from cyclegan_fast.training.checkpoint import CheckpointError, find_checkpoint
 
@@ -47,7 +49,7 @@ def grid(
     rows: Sequence[Sequence[Picture]],
     *,
     column_titles: Sequence[str],
-    row_titles: Sequence[str],
+    row_titles: Sequence[str] | None = None,
     title: str | None = None,
     cell: int = 192,
 ) -> Image.Image:
@@ -61,6 +63,7 @@ def grid(
     Raises ValueError when the grid is empty or ragged, when titles and pictures differ in number, for a cell below 16
     pixels, and for arrays of another type or shape.
     """
+    row_titles = [""] * len(rows) if row_titles is None else row_titles
     _check_grid(rows, column_titles, row_titles, cell)
     pictures = [[_fit(_to_rgb(picture), cell) for picture in row] for row in rows]
     layout = _Layout(
@@ -109,11 +112,11 @@ def progress_figure(
     with a side longer than ``size`` pixels are shrunk first, near what the networks were trained on (None: translated
     as they are).
 
-    Raises CheckpointError for a run or an epoch that is not there, PhotoError for an unusable input, and ValueError
+    Raises CheckpointError for a run or an epoch that is not there, PhotoError for an unusable input, and InputError
     when there are no inputs or no epochs.
     """
     if not epochs:
-        raise ValueError("epochs is empty: name at least one epoch")
+        raise InputError("epochs is empty: name at least one epoch")
     if not Path(run).is_dir():
         raise CheckpointError(f"{run} is not a run folder, which alone has the checkpoints of several epochs")
     for epoch in epochs:
@@ -166,7 +169,7 @@ def cycle_figure(
     """Input | generated | reconstructed, a row an input.
 
     ``run`` is a run folder, with ``which`` as in ``find_checkpoint`` (latest, best, epoch-N), or a checkpoint file.
-    Inputs and ``size`` as in ``progress_figure``. Raises CheckpointError, PhotoError, and ValueError when there are
+    Inputs and ``size`` as in ``progress_figure``. Raises CheckpointError, PhotoError, and InputError when there are
     no inputs or the direction is neither AtoB nor BtoA.
     """
     translator = load(run, which=which, device=device, precision=precision)
@@ -180,10 +183,10 @@ def curves_figure(scalars_jsonl: str | Path, out: str | Path) -> None:
 
     A generator's loss is the sum of its weighted terms, as each network's loss is reported by the paper:
     G = G_A + cycle_B + idt_A and F = G_B + cycle_A + idt_B; terms that a run does not have count as 0. Raw values are
-    faint, their running mean (1/25 of the curve) is bold, values that are not finite leave a gap and a cross. Where a
+    faint, their running mean (1/15 of the curve) is bold, values that are not finite leave a gap and a cross. Where a
     resumed run wrote steps again, the later lines count; lines that are cut off are passed over.
 
-    Raises ValueError naming ``scalars_jsonl`` when it is missing or holds no losses, and naming ``out`` when it
+    Raises InputError naming ``scalars_jsonl`` when it is missing or holds no losses, and naming ``out`` when it
     cannot be written.
     """
     records = _read_records(Path(scalars_jsonl))
@@ -196,9 +199,8 @@ def curves_figure(scalars_jsonl: str | Path, out: str | Path) -> None:
     upper.set_ylabel(_terms(records))
     lower.set_ylabel("Discriminator loss")
     lower.set_xlabel("Epoch")
-    # A short run is shown from its beginning to its end; a long one has whole epochs as ticks.
-    lower.set_xlim(0, max(float(epochs.max()) * 1.005, 1e-6))
-    lower.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=bool(epochs.max() >= 5)))
+    lower.set_xlim(0, max(float(epochs.max()), 1e-6))
+    lower.xaxis.set_major_locator(MaxNLocator(nbins=10, steps=[1, 2, 5, 10], integer=bool(epochs.max() >= 5)))
     figure.align_ylabels([upper, lower])
     _save_figure(figure, Path(out))
 
@@ -365,7 +367,7 @@ def _open_inputs(
 ) -> list[Image.Image]:
     """The inputs with the channels that the translator takes, no side longer than ``size``."""
     if not inputs:
-        raise ValueError("inputs is empty: name at least one picture")
+        raise InputError("inputs is empty: name at least one picture")
     channels = translator.channels(direction)[0]
     images = []
     for item in inputs:
@@ -399,7 +401,7 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
-        raise ValueError(f"cannot read the scalars {path}: {error.strerror}") from None
+        raise InputError(f"cannot read the scalars {path}: {error.strerror}") from None
     by_step: dict[int, dict[str, Any]] = {}
     last = -1
     for line in lines:
@@ -414,7 +416,7 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
     names = {curve.terms[0] for curve in _CURVES}
     records = [by_step[step] for step in sorted(by_step) if names & by_step[step].keys()]
     if not records:
-        raise ValueError(
+        raise InputError(
             f"{path} holds no losses: it needs lines of JSON with step, epoch and {', '.join(sorted(names))}"
         )
     return records
@@ -445,11 +447,12 @@ def _values(records: Sequence[dict[str, Any]], curve: _Curve) -> Floats:
 
 
 def _running_mean(values: Floats, window: int) -> Floats:
-    """Centred mean over ``window`` values, fewer at the ends; non-finite values are left out and stay gaps."""
+    """Mean of each value and ``window // 2`` on either side, fewer at the ends; what is not finite stays a gap."""
+    half = window // 2
+    inside = slice(half, half + len(values))
     finite = np.isfinite(values)
-    kernel = np.ones(min(window, len(values)))
-    total = np.convolve(np.where(finite, values, 0.0), kernel, mode="same")
-    count = np.convolve(finite.astype(np.float64), kernel, mode="same")
+    total = np.convolve(np.where(finite, values, 0.0), np.ones(2 * half + 1))[inside]
+    count = np.convolve(finite.astype(np.float64), np.ones(2 * half + 1))[inside]
     return np.where(finite, total / np.maximum(count, 1.0), np.nan)
 
 
@@ -457,14 +460,23 @@ def _panel(axes: Axes, epochs: Floats, records: Sequence[dict[str, Any]], curves
     """Draw some curves, with a vertical range that a few outliers cannot stretch."""
     shown: list[Floats] = []
     lost: list[Floats] = []
-    window = max(1, len(epochs) // 25)
+    window = max(1, len(epochs) // 15)
     for curve in curves:
         values = _values(records, curve)
         smooth = _running_mean(values, window)
         finite = np.isfinite(values)
         dots = "o" if finite.sum() < 20 else None
         axes.plot(epochs, np.where(finite, values, np.nan), color=curve.color, alpha=0.25, linewidth=0.7)
-        axes.plot(epochs, smooth, color=curve.color, linewidth=1.9, label=curve.label, marker=dots, markersize=3.5)
+        axes.plot(
+            epochs,
+            smooth,
+            color=curve.color,
+            linewidth=1.9,
+            label=curve.label,
+            marker=dots,
+            markersize=3.5,
+            clip_on=dots is None,
+        )
         shown.append(values[finite])
         has = np.array([curve.terms[0] in record for record in records])
         lost.append(epochs[has & ~finite])
@@ -500,14 +512,16 @@ def _save_figure(figure: Figure, out: Path) -> None:
     kind = out.suffix.lower().lstrip(".")
     allowed = sorted(figure.canvas.get_supported_filetypes())
     if kind not in allowed:
-        raise ValueError(
+        raise InputError(
             f"{out}: cannot write a figure of type {kind or '(no suffix)'!r}; use one of {', '.join(allowed)}"
         )
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(temporary, format=kind, dpi=200)
         temporary.replace(out)
     except OSError as error:
-        raise ValueError(f"cannot write the figure {out}: {error.strerror or error}") from error
+        raise InputError(f"cannot write the figure {out}: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -20,7 +20,6 @@ import os
 import pickle
 import re
 import shutil
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -74,7 +73,9 @@ def read_checkpoint(path: str | Path, *, map_location: str | torch.device = "cpu
     _verify(path)
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path} holds more than tensors and plain values, which is never loaded") from error
+    except (RuntimeError, EOFError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from error
     missing = [key for key in _REQUIRED if not isinstance(content, dict) or key not in content]
     if missing:
@@ -204,8 +205,9 @@ def _verify(path: Path) -> None:
         file.seek(max(0, size - _COMMENT_BYTES))
         comment = file.read()
         if not comment.startswith(_COMMENT):
-            kind = "was not written by cyclegan_fast" if zipfile.is_zipfile(path) else "is truncated or no checkpoint"
-            raise CheckpointError(f"{path} {kind}: its checksum is missing")
+            raise CheckpointError(
+                f"{path} has no checksum at its end: it is cut off, or not a cyclegan_fast checkpoint"
+            )
         file.seek(0)
         digest = _digest(file, size - _COMMENT_BYTES).hexdigest().encode()
     if digest != comment[len(_COMMENT) :]:

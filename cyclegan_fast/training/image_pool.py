@@ -32,7 +32,7 @@ class ImagePool:
         self.size = size
         self.count = 0  # pictures stored
         self._buffer: Tensor | None = None  # [size, C, H, W]; the first `count` slots are in use
-        self._pictures: list[Tensor] | None = None  # instead of the buffer, once sizes differ: `count` of [C, H, W]
+        self._pictures: list[Tensor] | None = None  # instead of the buffer, once sizes differ: `count` of [1, C, H, W]
 
     @torch.no_grad()
     def exchange(self, images: Tensor, accept: Tensor | np.ndarray, slot: Tensor | np.ndarray) -> Tensor:
@@ -51,7 +51,7 @@ class ImagePool:
         if self.size == 0:
             return images
         if self._pictures is None and self._buffer is not None and self._buffer.shape[1:] != images.shape[1:]:
-            self._pictures = [picture.clone() for picture in self._buffer[: self.count]]
+            self._pictures = [picture.clone() for picture in self._buffer[: self.count].split(1)]
             self._buffer = None
         if self._pictures is not None:
             return self._exchange_one_by_one(images, accept, slot)
@@ -67,21 +67,21 @@ class ImagePool:
             return images
         swap = torch.as_tensor(accept, device=images.device) < 0.5
         slot = torch.as_tensor(slot, device=images.device)
-        results = [images[:stored_now]] if stored_now else []
+        result = images.clone()
         # One after another: two pictures of a batch may draw the same slot, and the second then gets the first.
         for i in range(stored_now, images.shape[0]):
             image, index = images[i : i + 1], slot[i : i + 1]
             old = buffer.index_select(0, index)
-            results.append(torch.where(swap[i], old, image))
+            result[i : i + 1] = torch.where(swap[i], old, image)
             buffer.index_copy_(0, index, torch.where(swap[i], image, old))
-        return results[0] if len(results) == 1 else torch.cat(results)
+        return result
 
     def _exchange_one_by_one(self, images: Tensor, accept: Tensor | np.ndarray, slot: Tensor | np.ndarray) -> Tensor:
         pictures = self._pictures
         if pictures is None:
             raise RuntimeError("ImagePool: no list of pictures to exchange with")
         results: list[Tensor] = []
-        for image, draw, index in zip(images, accept.tolist(), slot.tolist(), strict=True):
+        for image, draw, index in zip(images.split(1), accept.tolist(), slot.tolist(), strict=True):
             if self.count < self.size:
                 pictures.append(image.clone())
                 self.count += 1
@@ -95,7 +95,7 @@ class ImagePool:
             raise ValueError(
                 "ImagePool: pictures of several sizes cannot be returned as one batch: use batch 1, or pool size 0"
             )
-        return torch.stack(results)
+        return results[0] if len(results) == 1 else torch.cat(results)
 
     def _allocated(self, images: Tensor) -> Tensor:
         """The buffer, made on first use, and on the device and in the dtype of `images` also after a resume."""
@@ -112,7 +112,7 @@ class ImagePool:
         return buffer.to(memory_format=torch.channels_last) if channels_last else buffer
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy of everything: size, count, and `images`, a tensor [count, C, H, W] or a list of [C, H, W]."""
+        """A copy of everything: size, count, and `images`, a tensor [count, C, H, W] or a list of [1, C, H, W]."""
         images: Tensor | list[Tensor] | None = None
         if self._pictures is not None:
             images = [picture.clone() for picture in self._pictures]
@@ -120,8 +120,11 @@ class ImagePool:
             images = self._buffer[: self.count].clone()
         return {"size": self.size, "count": self.count, "images": images}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly where `state_dict` was taken. Raises ValueError for a state that does not fit this pool."""
+    def load_state_dict(self, state: dict[str, Any], device: torch.device | None = None) -> None:
+        """Continue exactly where `state_dict` was taken, on `device` (where the saved pictures are, without one).
+
+        Raises ValueError for a state that does not fit this pool.
+        """
         size, count, images = state["size"], state["count"], state["images"]
         if size != self.size:
             raise ValueError(f"the saved image pool has size {size}, this one {self.size}: use the saved pool_size")
@@ -131,10 +134,10 @@ class ImagePool:
         self.count = count
         self._buffer, self._pictures = None, None
         if isinstance(images, Tensor):
-            self._buffer = self._new_buffer(images)
+            self._buffer = self._new_buffer(images.to(device))
             self._buffer[:count].copy_(images)
         elif images is not None:
-            self._pictures = [picture.clone() for picture in images]
+            self._pictures = [picture.to(device, copy=True) for picture in images]
 
 
 def pool_draws(seed: int, step_position: np.ndarray, size: int, domain: int) -> tuple[np.ndarray, np.ndarray]:

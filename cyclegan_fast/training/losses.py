@@ -1,4 +1,4 @@
-"""What the networks minimise: adversarial losses on logits, the gradient penalty, and the L1 of cycle and identity.
+"""The adversarial losses, on logits, and the gradient penalty.
 
 Everything is computed in float32 whatever the dtype of the input (float64 stays float64), under autocast too.
 """
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["GANLoss", "gradient_penalty", "l1_loss"]
+__all__ = ["GANLoss", "gradient_penalty"]
 
 _KINDS = ("lsgan", "vanilla", "hinge", "wgangp")
 
@@ -89,13 +89,6 @@ def gradient_penalty(D: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, 
         (gradient,) = torch.autograd.grad(total, mixed, create_graph=True)
         norm: Tensor = torch.linalg.vector_norm(gradient + 1e-16, dim=(1, 2, 3))
         return (norm - 1).square().mean()
-
-
-def l1_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean absolute error over all elements, the distance of the cycle and identity losses; shapes must be equal."""
-    if prediction.shape != target.shape:
-        raise ValueError(f"l1_loss: prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ")
-    return F.l1_loss(_at_least_float32(prediction), _at_least_float32(target))
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -35,8 +35,8 @@ def catch_signals() -> Iterator[Stop]:
         signal.signal(signum, previous[signum])
 
     try:
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            previous[signum] = signal.signal(signum, request)
+        for wanted in (signal.SIGTERM, signal.SIGINT):
+            previous[wanted] = signal.signal(wanted, request)
     except ValueError:  # not in the main thread: whoever runs us there keeps the signals
         previous.clear()
     try:

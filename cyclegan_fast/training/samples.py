@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cyclegan_fast.evaluation.figures import grid
-from cyclegan_fast.training.step import Objective
+from cyclegan_fast.training.step import Objective, l1_loss
 
 DIRECTIONS = {"A-to-B": ("real_A", "fake_B", "rec_A", "idt_B"), "B-to-A": ("real_B", "fake_A", "rec_B", "idt_A")}
 
@@ -54,28 +54,27 @@ class Samples:
         for direction, names in DIRECTIONS.items():
             columns = [name for name in names if name in samples[0]]
             rows = [[sample[name] for name in columns] for sample in samples]
-            yield direction, grid(rows, column_titles=columns, row_titles=None, title=f"{title}, {direction}")
+            yield (
+                direction,
+                grid(rows, column_titles=columns, row_titles=[""] * len(rows), title=f"{title}, {direction}"),
+            )
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
         """``test_cycle``, the mean L1 of both cycles in [0, 2], and ``test_generator``, the generators' whole loss."""
         objective, cycle, generator = self.objective, 0.0, 0.0
         for sample in self.translate():
-            cycle_A, cycle_B = _l1(sample["rec_A"], sample["real_A"]), _l1(sample["rec_B"], sample["real_B"])
+            cycle_A, cycle_B = l1_loss(sample["rec_A"], sample["real_A"]), l1_loss(sample["rec_B"], sample["real_B"])
             whole = objective.cycle_A * cycle_A + objective.cycle_B * cycle_B
             whole += objective.gan.generator(self.modules["D_A"](sample["fake_B"]))
             whole += objective.gan.generator(self.modules["D_B"](sample["fake_A"]))
             if "idt_A" in sample:
-                whole += objective.identity * objective.cycle_B * _l1(sample["idt_A"], sample["real_B"])
-                whole += objective.identity * objective.cycle_A * _l1(sample["idt_B"], sample["real_A"])
+                whole += objective.identity * objective.cycle_B * l1_loss(sample["idt_A"], sample["real_B"])
+                whole += objective.identity * objective.cycle_A * l1_loss(sample["idt_B"], sample["real_A"])
             cycle += float(cycle_A + cycle_B) / 2
             generator += float(whole)
         count = len(self.real_A)
         return {"test_cycle": cycle / count, "test_generator": generator / count}
-
-
-def _l1(x: Tensor, y: Tensor) -> Tensor:
-    return (x - y).abs().mean()
 
 
 def _to_image(picture: Tensor) -> Image.Image:

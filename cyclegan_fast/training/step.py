@@ -140,12 +140,12 @@ def generator_pass(state: TrainState, real_A: Tensor, real_B: Tensor) -> tuple[T
     terms = {
         "G_A": objective.gan.generator(score_A),
         "G_B": objective.gan.generator(score_B),
-        "cycle_A": objective.cycle_A * _l1(rec_A, real_A),
-        "cycle_B": objective.cycle_B * _l1(rec_B, real_B),
+        "cycle_A": objective.cycle_A * l1_loss(rec_A, real_A),
+        "cycle_B": objective.cycle_B * l1_loss(rec_B, real_B),
     }
     if idt_A is not None and idt_B is not None:
-        terms["idt_A"] = objective.identity * objective.cycle_B * _l1(idt_A, real_B)
-        terms["idt_B"] = objective.identity * objective.cycle_A * _l1(idt_B, real_A)
+        terms["idt_A"] = objective.identity * objective.cycle_B * l1_loss(idt_A, real_B)
+        terms["idt_B"] = objective.identity * objective.cycle_A * l1_loss(idt_B, real_A)
     loss = torch.stack(list(terms.values())).sum()
     terms["loss_G"] = loss
     return loss, {name: term.detach() for name, term in terms.items()}, Fakes(fake_A.detach(), fake_B.detach())
@@ -171,8 +171,7 @@ def _judge(
         score_real, score_fake = D(real), D(fake)
     loss = state.objective.gan.discriminator(score_real, score_fake)
     if state.objective.gradient_penalty:
-        # In full precision: the penalty differentiates a gradient, and runs once a discriminator.
-        penalty = gradient_penalty(D, real, fake.float(), alpha.view(-1, 1, 1, 1))
+        penalty = gradient_penalty(D, real, fake, alpha.view(-1, 1, 1, 1))
         loss = loss + state.objective.gradient_penalty * penalty
     terms[name] = loss.detach()
     terms[f"{name}_real"] = score_real.detach().float().mean()
@@ -210,6 +209,7 @@ def _autocast(state: TrainState, like: Tensor) -> torch.autocast:
     return torch.autocast(like.device.type, dtype=state.autocast, enabled=state.autocast is not None)
 
 
-def _l1(x: Tensor, y: Tensor) -> Tensor:
-    """Mean absolute difference in float32, whatever the networks computed in."""
-    return F.l1_loss(x.float(), y.float())
+def l1_loss(x: Tensor, y: Tensor) -> Tensor:
+    """Mean absolute difference of two pictures, in float32 (float64 stays) whatever the networks computed in."""
+    dtype = torch.promote_types(y.dtype, torch.float32)
+    return F.l1_loss(x.to(dtype), y.to(dtype))

@@ -7,13 +7,14 @@ through or stops and resumes, and whatever the number of processes that share a 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import math
 import platform
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -44,9 +45,18 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Streams of random numbers beside those of the pools, which take 0 (domain A) and 1 (domain B).
 _ALPHA_A, _ALPHA_B = 2, 3
 # A resumed run may differ from its checkpoint in these; anything else would make it another experiment.
-_FREE = ("name", "out", "data.root", "data.cache", "data.resident", "data.workers", "checkpoint.", "monitor.")
-_FREE += ("training.epochs", "training.steps", "training.batch", "training.accumulate", "training.precision")
-_FREE += ("training.channels_last", "training.compile", "training.deterministic", "training.device", "training.threads")
+_FREE: tuple[str, ...] = (
+    "name",
+    "out",
+    "data.root",
+    "data.cache",
+    "data.resident",
+    "data.workers",
+    "checkpoint.",
+    "monitor.",
+    *(f"training.{name}" for name in ("epochs", "steps", "batch", "accumulate", "precision", "channels_last")),
+    *(f"training.{name}" for name in ("compile", "deterministic", "device", "threads")),
+)
 
 
 class RunExistsError(InputError):
@@ -102,6 +112,7 @@ class Trainer:
             device=device,
             progress=distributed.is_main() and config.monitor.progress,
         )
+        self._digest = _digest(self.data)
         self.modules = _build_networks(config, device)
         self.pools = {name: ImagePool(config.training.pool_size) for name in ("A", "B")}
         self.state = _build_state(config, self.modules, self.pools, self.precision, device)
@@ -293,10 +304,10 @@ class Trainer:
             },
             "best": self.best,
             "history": self.history.state_dict(),
-            "data": self.data.digest,
+            "data": self._digest,
             "provenance": {
                 "version": __version__,
-                "torch": torch.__version__,
+                "torch": str(torch.__version__),
                 "python": platform.python_version(),
                 "device": _device_name(self.device),
                 "precision": self.precision,
@@ -309,10 +320,10 @@ class Trainer:
         """Take over a checkpoint's state. Raises CheckpointError or ConfigError saying what does not fit."""
         _check_same_experiment(self.config, content["config"], path)
         position = content["position"]
-        if content["data"] != self.data.digest:
+        if content["data"] != self._digest:
             raise ckpt.CheckpointError(
                 f"the pictures are not those that {path} was trained on ({_digest_words(content['data'])} then, "
-                f"{_digest_words(self.data.digest)} now): restore them, or start a new run"
+                f"{_digest_words(self._digest)} now): restore them, or start a new run"
             )
         if position["pairs_per_step"] != self.pairs_per_step:
             raise ConfigError(
@@ -326,7 +337,7 @@ class Trainer:
             self.state.optimizer_D.load_state_dict(content["optimizer_D"])
             self.state.scaler.load_state_dict(content["scaler"])
             for name, pool in self.pools.items():
-                pool.load_state_dict(content["pools"][name], self.device)
+                pool.load_state_dict(content["pools"][name])
         except (RuntimeError, ValueError, KeyError) as error:
             raise ckpt.CheckpointError(f"{path} does not fit this configuration: {error}") from error
         self.history.load_state_dict(content["history"], self.device)
@@ -372,15 +383,20 @@ def _build_networks(config: Config, device: torch.device) -> dict[str, nn.Module
     """The four networks by name, initialised from the seed, on the device."""
     torch.manual_seed(config.seed)
     modules = dict(zip(NETWORKS, (*build_generators(config.model), *build_discriminators(config.model)), strict=True))
-    memory_format = torch.channels_last if config.training.channels_last else torch.contiguous_format
-    return {name: module.to(device).to(memory_format=memory_format) for name, module in modules.items()}
+    for module in modules.values():
+        module.to(device)
+        if config.training.channels_last:
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return modules
 
 
 def _build_state(
     config: Config, modules: dict[str, nn.Module], pools: dict[str, ImagePool], precision: str, device: torch.device
 ) -> TrainState:
     training, loss = config.training, config.loss
-    run = {name: torch.compile(module) if training.compile else module for name, module in modules.items()}
+    run = dict(modules)
+    if training.compile:
+        run = {name: cast(nn.Module, torch.compile(module)) for name, module in modules.items()}
 
     def adam(*names: str) -> torch.optim.Adam:
         parameters = [parameter for name in names for parameter in modules[name].parameters()]
@@ -433,6 +449,17 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in tree.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
+
+
+def _digest(data: TrainingData) -> dict[str, Any]:
+    """What tells whether the pictures are the same: their number and, hashed, their names in order."""
+    names_A, names_B = data.loader.names
+    text = "\0".join([*names_A, "", *names_B])
+    return {
+        "count_A": len(names_A),
+        "count_B": len(names_B),
+        "names": hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest(),
+    }
 
 
 def _digest_words(digest: dict[str, Any]) -> str:

@@ -1,0 +1,255 @@
+"""The folders of a data set: which pictures there are, which of them can be used, and which subset is.
+
+A data set is a folder with ``trainA`` and ``trainB`` and, optionally, ``testA`` and ``testB`` inside. Everything is
+looked at before training starts, so that a broken file is a line in a report and not a crash hours later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from cyclegan_fast.data.photo import EXTENSIONS, PhotoError, open_photo, read_header
+
+__all__ = ["SPLITS", "DataError", "Entry", "Scan", "list_images", "report", "scan_dataset", "scan_folder", "subset"]
+
+logger = logging.getLogger("cyclegan_fast.data")
+
+SPLITS = ("trainA", "trainB", "testA", "testB")
+_LISTED = 20
+
+
+class DataError(ValueError):
+    """A data set that cannot be used; the message names the folder or file and what would be right."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A usable picture: where it is, its name (posix path within the split's folder), and what its header says.
+
+    ``width`` and ``height`` are pixels of the upright picture, ``mode`` and ``format`` Pillow's names; ``bytes`` and
+    ``mtime_ns`` tell whether the file has changed since.
+    """
+
+    path: Path
+    name: str
+    width: int
+    height: int
+    mode: str
+    format: str
+    bytes: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One split: its usable pictures, sorted by name, and its unusable files with the reasons."""
+
+    split: str
+    folder: Path
+    entries: tuple[Entry, ...]
+    bad: tuple[tuple[Path, str], ...]
+
+
+def list_images(folder: str | Path) -> list[Path]:
+    """Files below ``folder`` whose suffix is a picture's, sorted by their path within it.
+
+    Hidden files and folders are left out; links to folders are followed, each folder once. Raises DataError when the
+    folder or one below it cannot be listed.
+    """
+    folder = Path(folder)
+    return sorted(_walk(folder, set()), key=lambda path: path.relative_to(folder).as_posix())
+
+
+def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
+    try:
+        status = folder.stat()
+        children = list(folder.iterdir())
+    except OSError as error:
+        raise DataError(f"{folder}: the folder cannot be listed: {error.strerror}") from error
+    identity = (status.st_dev, status.st_ino)
+    if identity in seen:
+        return
+    seen.add(identity)
+    for child in sorted(children):
+        if child.name.startswith("."):
+            continue
+        if child.is_dir():
+            yield from _walk(child, seen)
+        elif child.suffix.lower() in EXTENSIONS:  # also a broken link: the scan reports it
+            yield child
+
+
+def scan_folder(
+    folder: str | Path, *, split: str, full: bool = False, progress: bool = False, workers: int = 0
+) -> Scan:
+    """Read the header of every picture below ``folder``; with ``full``, decode every one completely.
+
+    ``workers`` threads do it, 0 for one a core (decoding runs outside Python's lock). Raises DataError when the folder
+    cannot be listed; what is wrong with single files is in ``Scan.bad``.
+    """
+    folder = Path(folder)
+    paths = list_images(folder)
+    executor = ThreadPoolExecutor(max_workers=workers or _cores())
+    try:
+        looks = executor.map(lambda path: _look_at(path, folder, full), paths)
+        results = list(tqdm(looks, total=len(paths), desc=f"scan {split}", unit="picture", disable=not progress))
+    finally:
+        executor.shutdown(cancel_futures=True)
+    entries = tuple(result for result in results if isinstance(result, Entry))
+    bad = tuple((error.path, error.reason) for error in results if isinstance(error, PhotoError))
+    return Scan(split, folder, entries, bad)
+
+
+def _look_at(path: Path, folder: Path, full: bool) -> Entry | PhotoError:
+    try:
+        header = read_header(path)
+        status = path.stat()
+        if full:
+            size = open_photo(path).image.size
+            if size != (header.width, header.height):
+                reason = f"its header says {header.width}x{header.height}, but it decodes to {size[0]}x{size[1]}"
+                return PhotoError(path, reason)
+    except PhotoError as error:
+        return error
+    except OSError as error:
+        return PhotoError(path, f"cannot be read: {error.strerror}")
+    name = path.relative_to(folder).as_posix()
+    size_on_disk, mtime_ns = status.st_size, status.st_mtime_ns
+    return Entry(path, name, header.width, header.height, header.mode, header.format, size_on_disk, mtime_ns)
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def scan_dataset(
+    root: str | Path,
+    *,
+    unreadable: str = "refuse",
+    need_test: bool = False,
+    full: bool = False,
+    progress: bool = False,
+    workers: int = 0,
+) -> dict[str, Scan]:
+    """Scan trainA, trainB and, where they exist or ``need_test``, testA and testB below ``root``.
+
+    ``unreadable`` says what to do about files that cannot be used: ``skip`` leaves them out with a warning; with
+    ``refuse`` they are an error that names them. A test folder without pictures counts as absent.
+
+    Raises DataError for a missing root or split (naming what was found instead), for a split without a usable
+    picture, and for unusable files as above; ValueError for another value of ``unreadable``.
+    """
+    if unreadable not in ("refuse", "skip"):
+        raise ValueError(f"unreadable = {unreadable!r} is not allowed: one of refuse, skip")
+    root = Path(root)
+    scans: dict[str, Scan] = {}
+    for split in _present_splits(root, need_test):
+        scans[split] = scan_folder(root / split, split=split, full=full, progress=progress, workers=workers)
+    _settle_bad(scans, unreadable)
+    for split, scan in list(scans.items()):
+        if not scan.entries:
+            if split.startswith("train") or need_test:
+                raise DataError(f"{scan.folder}: no picture that can be used; {_found_in(scan.folder)}")
+            logger.warning("%s: no picture that can be used: this test folder is left out", scan.folder)
+            del scans[split]
+    return scans
+
+
+def _present_splits(root: Path, need_test: bool) -> list[str]:
+    """The splits to scan, or DataError for one that is missing."""
+    if not root.is_dir():
+        what = "is not a folder" if root.exists() else "does not exist"
+        raise DataError(f"{root} {what}: data.root must be a folder with trainA and trainB inside")
+    present = [split for split in SPLITS if (root / split).is_dir()]
+    needed = SPLITS if need_test else SPLITS[:2]
+    missing = [split for split in needed if split not in present]
+    if missing:
+        raise DataError(
+            f"{root} has no folder {' and no folder '.join(missing)}; {_found_in(root)}. A data set has the folders "
+            "trainA and trainB, and optionally testA and testB"
+        )
+    return present
+
+
+def _found_in(folder: Path) -> str:
+    """What a folder holds, in words, for the message that what was looked for is not there."""
+    try:
+        children = [child for child in sorted(folder.iterdir()) if not child.name.startswith(".")]
+    except OSError as error:
+        return f"it cannot be listed: {error.strerror}"
+    folders = [f"{child.name}/" for child in children if child.is_dir()]
+    suffixes = Counter(child.suffix.lower() or "without suffix" for child in children if not child.is_dir())
+    parts = [*folders[:_LISTED], *(["..."] if len(folders) > _LISTED else [])]
+    parts += [
+        f"{count} files {suffix}" if count > 1 else f"1 file {suffix}" for suffix, count in suffixes.most_common(5)
+    ]
+    return "it holds " + ", ".join(parts) if parts else "it is empty"
+
+
+def _settle_bad(scans: Mapping[str, Scan], unreadable: str) -> None:
+    """Refuse unusable files, or say by name which ones are left out."""
+    bad = [item for scan in scans.values() for item in scan.bad]
+    if not bad:
+        return
+    if unreadable == "skip":
+        for path, reason in bad:
+            logger.warning("left out: %s: %s", path, reason)
+        return
+    files = "1 file" if len(bad) == 1 else f"{len(bad)} files"
+    lines = "\n".join(f"  {path}: {reason}" for path, reason in bad[:_LISTED])
+    more = f"\n  ... and {len(bad) - _LISTED} more" if len(bad) > _LISTED else ""
+    raise DataError(
+        f"{files} cannot be used:\n{lines}{more}\nRepair or remove them; `data.unreadable=skip` leaves them out"
+    )
+
+
+def report(scans: Mapping[str, Scan]) -> str:
+    """A table of the splits (sizes are width x height in pixels, ordered by area), then the unusable files by name."""
+    rows = [["split", "pictures", "bad", "smallest", "median", "largest", "formats"]]
+    rows += [_row(scan) for scan in scans.values()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for split, *numbers, formats in rows:
+        aligned = [cell.rjust(width) for cell, width in zip(numbers, widths[1:-1], strict=True)]
+        lines.append("  ".join([split.ljust(widths[0]), *aligned, formats]))
+    lines += [f"bad: {path}: {reason}" for scan in scans.values() for path, reason in scan.bad]
+    return "\n".join(lines)
+
+
+def _row(scan: Scan) -> list[str]:
+    sizes = sorted((entry.width * entry.height, entry.width, entry.height) for entry in scan.entries)
+    middle = (len(sizes) - 1) // 2
+    marks = [f"{w}x{h}" for _, w, h in (sizes[0], sizes[middle], sizes[-1])] if sizes else ["-"] * 3
+    formats = Counter(f"{entry.format} {entry.mode}" for entry in scan.entries).most_common()
+    counts = ", ".join(f"{count} {name}" for name, count in formats) or "-"
+    return [scan.split, str(len(scan.entries)), str(len(scan.bad)), *marks, counts]
+
+
+def subset(entries: Sequence[Entry], limit: int | None, seed: int, domain: str) -> tuple[Entry, ...]:
+    """A random ``limit`` of the pictures, sorted by name; all of them for None or a limit not below their number.
+
+    Chosen by a hash of (seed, domain, name): the choice depends on neither order nor place of the files, and a
+    picture more or less in the folder exchanges at most one. Raises DataError for a limit below 1.
+    """
+    ordered = sorted(entries, key=lambda entry: entry.name)
+    if limit is None or limit >= len(ordered):
+        return tuple(ordered)
+    if limit < 1:
+        raise DataError(f"a subset of {limit} pictures of {domain} is not possible: at least 1")
+
+    def lot(entry: Entry) -> bytes:
+        return hashlib.sha256(os.fsencode(f"{seed}/{domain}/{entry.name}")).digest()
+
+    drawn = sorted(ordered, key=lot)
+    return tuple(sorted(drawn[:limit], key=lambda entry: entry.name))

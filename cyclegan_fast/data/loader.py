@@ -1,0 +1,418 @@
+"""Batches of unpaired pictures on the device, each one a pure function of the step."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import queue
+import threading
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from cyclegan_fast import distributed
+from cyclegan_fast.config import Config
+from cyclegan_fast.data import sampler, synthetic
+from cyclegan_fast.data.augment import crop_flip
+from cyclegan_fast.data.folder import DataError, Entry, Scan, scan_dataset, subset
+from cyclegan_fast.data.photo import PhotoError, open_photo
+from cyclegan_fast.data.store import Preprocess, Store, default_cache, open_store
+
+__all__ = ["Batch", "PairLoader", "TrainingData", "load_samples", "open_training_data"]
+
+Int64Array = npt.NDArray[np.int64]
+UInt8Array = npt.NDArray[np.uint8]
+
+_log = logging.getLogger("cyclegan_fast.loader")
+
+_QUEUED = 2  # batches prepared ahead
+_POLL_SECONDS = 0.1  # how often a full queue's writer looks whether anyone still reads
+
+
+class Batch(NamedTuple):
+    """The pictures of one optimiser step.
+
+    real_A, real_B: float32 [accumulate, batch, C, h, w] in [-1, 1] on the device, each micro-batch channels_last;
+    index_A, index_B: int64 [accumulate, batch], the pictures' places in their stores; epoch: from 1.
+    """
+
+    real_A: Tensor
+    real_B: Tensor
+    index_A: Int64Array
+    index_B: Int64Array
+    epoch: int
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """What one domain contributes to a step, as the host prepares it.
+
+    index: int64 [n]; plan: int64 [4, n], rows index, y, x, flip, pinned for CUDA; size: (h, w); cut: uint8
+    [n, h, w, C], the windows themselves when they are cut on the host, else None.
+    """
+
+    index: Int64Array
+    plan: Tensor
+    size: tuple[int, int]
+    cut: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    epoch: int
+    domains: tuple[_Windows, _Windows]
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Everything a training run reads: the loader, fixed samples [1, C, h, w] of each domain, and the scans."""
+
+    loader: PairLoader
+    samples_A: list[Tensor]
+    samples_B: list[Tensor]
+    scans: dict[str, Scan]
+
+
+class PairLoader:
+    """Random pairs of windows from two stores, in an order that depends on the seed alone.
+
+    crop: side of the square windows, pixels, or None for whole pictures. flip: mirror with probability 1/2. pairing
+    and frozen as data.pairing and data.frozen_augmentation. rank and world_size: this process's share of each step.
+
+    resident: `always` keeps both stores on the device as they are, `never` cuts the windows on the host; `auto` is
+    `always` if the pictures of each store have one size and both stores take less than a quarter of the device's free
+    memory. On the CPU the resident store is the mapped file itself. The batches are the same to the bit.
+
+    Raises DataError for a crop that does not fit, and for whole pictures of several sizes with more than one a step.
+    """
+
+    length: int
+    steps_per_epoch: int
+
+    def __init__(
+        self,
+        store_A: Store,
+        store_B: Store,
+        *,
+        crop: int | None,
+        flip: bool,
+        pairing: str,
+        frozen: bool,
+        seed: int,
+        batch: int,
+        accumulate: int,
+        rank: int,
+        world_size: int,
+        device: torch.device | str,
+        resident: str,
+    ) -> None:
+        self._stores = (store_A, store_B)
+        self._crop = crop
+        self._flip = flip
+        self._frozen = frozen
+        self._seed = seed
+        self._device = _with_index(torch.device(device))
+        for store in self._stores:
+            _check_store(store, crop, batch * accumulate)
+        self.length = sampler.epoch_length(len(store_A), len(store_B), pairing)
+        self.steps_per_epoch = sampler.steps_per_epoch(self.length, batch * accumulate * world_size)
+        self._positions = functools.partial(
+            sampler.batch_positions,
+            batch=batch,
+            accumulate=accumulate,
+            world_size=world_size,
+            rank=rank,
+            length=self.length,
+        )
+        order = functools.partial(sampler.epoch_order, len(store_A), len(store_B), pairing=pairing, seed=seed)
+        # A step needs one epoch's order, and the thread that prepares ahead may already be in the next epoch.
+        self._order = functools.lru_cache(maxsize=2)(lambda epoch: order(epoch=epoch))
+        self._images: tuple[Tensor, Tensor] | None = None
+        if _keep_resident(self._stores, self._device, resident):
+            self._images = (store_A.tensor().to(self._device), store_B.tensor().to(self._device))
+
+    @property
+    def resident(self) -> bool:
+        """Whether the stores are on the device."""
+        return self._images is not None
+
+    @property
+    def names(self) -> tuple[list[str], list[str]]:
+        """File names of all pictures of A and of B, in the order of their indices."""
+        return self._stores[0].names, self._stores[1].names
+
+    def names_of(self, index_A: Int64Array, index_B: Int64Array) -> tuple[list[str], list[str]]:
+        """File names of the pictures of a batch, flattened."""
+        store_A, store_B = self._stores
+        return [store_A.names[i] for i in index_A.flat], [store_B.names[i] for i in index_B.flat]
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step counted from 0 over the whole run. Raises ValueError for a negative step."""
+        return self._finish(self._prepare(step))
+
+    def iterate(self, start: int, stop: int) -> Generator[Batch, None, None]:
+        """The batches of the steps [start, stop), the host's part of each prepared ahead by a thread.
+
+        What goes wrong there is raised here. The thread ends with the iterator: when it is exhausted, closed or
+        collected. All work on the device is queued by the caller's thread, in its current stream.
+        """
+        ahead: queue.Queue[_Prepared | BaseException] = queue.Queue(_QUEUED)
+        closed = threading.Event()
+        thread = threading.Thread(
+            target=self._prepare_ahead, args=(start, stop, ahead, closed), name="cyclegan_fast-loader", daemon=True
+        )
+        thread.start()
+        try:
+            for _ in range(start, stop):
+                prepared = ahead.get()
+                if isinstance(prepared, BaseException):
+                    raise prepared
+                yield self._finish(prepared)
+        finally:
+            closed.set()
+            thread.join()
+
+    def _prepare_ahead(
+        self, start: int, stop: int, ahead: queue.Queue[_Prepared | BaseException], closed: threading.Event
+    ) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # of this thread: pinned memory belongs to a device
+        for step in range(start, stop):
+            item: _Prepared | BaseException
+            try:
+                item = self._prepare(step)
+            except BaseException as error:  # raised again by the thread that asks for the batch
+                item = error
+            while not closed.is_set():
+                try:
+                    ahead.put(item, timeout=_POLL_SECONDS)
+                    break
+                except queue.Full:
+                    continue
+            if closed.is_set() or isinstance(item, BaseException):
+                return
+
+    def _prepare(self, step: int) -> _Prepared:
+        """The host's part of a step: which windows, and their bytes unless the stores are on the device."""
+        epoch, positions = self._positions(step)
+        order = self._order(epoch)
+        windows = [self._windows(domain, order[domain][positions], epoch, positions) for domain in (0, 1)]
+        return _Prepared(epoch, (windows[0], windows[1]))
+
+    def _windows(self, domain: int, index: Int64Array, epoch: int, positions: Int64Array) -> _Windows:
+        store = self._stores[domain]
+        flat = index.reshape(-1)
+        if self._frozen:
+            draws = sampler.crop_draws(self._seed, 0, flat, domain)
+        else:
+            draws = sampler.crop_draws(self._seed, epoch, positions.reshape(-1), domain)
+        sizes = store.sizes[flat]
+        size = (int(sizes[0, 0]), int(sizes[0, 1])) if self._crop is None else (self._crop, self._crop)
+        room = sizes - size + 1
+        plan = np.zeros((4, len(flat)), dtype=np.int64)
+        plan[0] = flat
+        plan[1] = draws.y * room[:, 0]
+        plan[2] = draws.x * room[:, 1]
+        plan[3] = draws.flip & self._flip
+        if self._images is not None:
+            return _Windows(index, self._pinned(torch.from_numpy(plan)), size, None)
+        cut = self._cut(store, plan, size)
+        plan[:3] = 0
+        plan[0] = np.arange(len(flat))
+        return _Windows(index, self._pinned(torch.from_numpy(plan)), size, cut)
+
+    def _cut(self, store: Store, plan: Int64Array, size: tuple[int, int]) -> Tensor:
+        """Copy the windows out of the mapped file: uint8 [n, h, w, C], pinned for CUDA."""
+        h, w = size
+        # A new buffer each time: torch reuses pinned memory only after the copies from it are done.
+        cut = torch.empty((plan.shape[1], h, w, store.channels), dtype=torch.uint8, pin_memory=self._pin)
+        target: UInt8Array = cut.numpy()
+        for window, (i, y, x, _) in zip(target, plan.T.tolist(), strict=True):
+            window[:] = store[i][y : y + h, x : x + w]
+        return cut
+
+    @property
+    def _pin(self) -> bool:
+        return self._device.type == "cuda"
+
+    def _pinned(self, tensor: Tensor) -> Tensor:
+        return tensor.pin_memory() if self._pin else tensor
+
+    def _finish(self, prepared: _Prepared) -> Batch:
+        """The device's part of a step, queued without waiting for it."""
+        reals = []
+        for domain, windows in enumerate(prepared.domains):
+            if windows.cut is not None:
+                images = windows.cut.to(self._device, non_blocking=True)
+            elif self._images is not None:
+                images = self._images[domain]
+            else:
+                raise RuntimeError("windows were neither cut nor is the store on the device")
+            index, y, x, flip = windows.plan.to(self._device, non_blocking=True).unbind()
+            real = crop_flip(images, y, x, flip.bool(), windows.size, index)
+            reals.append(real.unflatten(0, windows.index.shape))
+        windows_A, windows_B = prepared.domains
+        return Batch(reals[0], reals[1], windows_A.index, windows_B.index, prepared.epoch)
+
+
+def load_samples(
+    entries: Sequence[Entry], preprocess: Preprocess, count: int, unreadable: str = "refuse"
+) -> list[Tensor]:
+    """Fixed samples, float32 [1, C, h, w] each in [-1, 1] and channels_last on the CPU, evenly spaced over the entries.
+
+    They are preprocessed as for training, but cropped at the centre and never mirrored. Fewer than `count` if there
+    are not as many pictures. With unreadable `skip` another picture takes the place of one that cannot be decoded;
+    with `refuse` DataError is raised, as it is for a picture smaller than the crop.
+    """
+    count = min(count, len(entries))
+    chosen = np.linspace(0, len(entries) - 1, count).round().astype(int).tolist()
+    candidates = [*chosen, *sorted(set(range(len(entries))) - set(chosen))]
+    samples: dict[int, Tensor] = {}
+    for i in candidates:
+        if len(samples) == count:
+            break
+        try:
+            samples[i] = _load_sample(entries[i].path, preprocess)
+        except PhotoError as error:
+            if unreadable == "refuse":
+                raise DataError(f"a sample picture cannot be used: {error}") from error
+            _log.warning("a sample picture is left out: %s", error)
+    return [samples[i] for i in sorted(samples)]
+
+
+def open_training_data(
+    config: Config, *, rank: int, world_size: int, device: torch.device | str, progress: bool
+) -> TrainingData:
+    """Scan the folders, decode them into stores, and return the loader, the fixed samples and the scans.
+
+    With several processes rank 0 does the work first and the others find it done. The samples come from testA and
+    testB, or from the training pictures where there is no test split. Raises DataError for data that cannot be used.
+    """
+    with distributed.main_first():
+        return _open_training_data(config, rank, world_size, torch.device(device), progress=progress and rank == 0)
+
+
+def _open_training_data(
+    config: Config, rank: int, world_size: int, device: torch.device, progress: bool
+) -> TrainingData:
+    data, training = config.data, config.training
+    scans = _scan(config, progress)
+    preprocess_A = Preprocess.from_config(data, config.model.channels_A)
+    preprocess_B = Preprocess.from_config(data, config.model.channels_B)
+    store_A, samples_A = _open_domain("A", preprocess_A, scans, config, progress)
+    store_B, samples_B = _open_domain("B", preprocess_B, scans, config, progress)
+    loader = PairLoader(
+        store_A,
+        store_B,
+        crop=preprocess_A.crop,
+        flip=data.flip,
+        pairing=data.pairing,
+        frozen=data.frozen_augmentation,
+        seed=config.seed,
+        batch=training.batch,
+        accumulate=training.accumulate,
+        rank=rank,
+        world_size=world_size,
+        device=device,
+        resident=data.resident,
+    )
+    return TrainingData(loader, samples_A, samples_B, scans)
+
+
+def _open_domain(
+    domain: str, preprocess: Preprocess, scans: dict[str, Scan], config: Config, progress: bool
+) -> tuple[Store, list[Tensor]]:
+    """The training store and the fixed samples of one domain."""
+    data = config.data
+    entries = subset(scans[f"train{domain}"].entries, data.limit_train, config.seed, domain)
+    store = open_store(
+        entries,
+        preprocess,
+        cache=Path(data.cache) if data.cache else default_cache(),
+        split=f"train{domain}",
+        unreadable=data.unreadable,
+        workers=data.workers,
+        progress=progress,
+    )
+    if f"test{domain}" in scans:
+        entries = subset(scans[f"test{domain}"].entries, data.limit_test, config.seed, domain)
+    return store, load_samples(entries, preprocess, config.monitor.samples, data.unreadable)
+
+
+def _scan(config: Config, progress: bool) -> dict[str, Scan]:
+    data = config.data
+    if data.source == "synthetic":
+        synthetic.ensure_dataset(
+            Path(data.root),
+            train=data.synthetic_train,
+            test=data.synthetic_test,
+            size=data.synthetic_size,
+            seed=data.synthetic_seed,
+            workers=data.workers,
+            progress=progress,
+        )
+    return scan_dataset(Path(data.root), unreadable=data.unreadable, progress=progress)
+
+
+def _load_sample(path: Path, preprocess: Preprocess) -> Tensor:
+    pixels = preprocess.apply(open_photo(path, channels=preprocess.channels).image)
+    height, width, _ = pixels.shape
+    h, w = (height, width) if preprocess.crop is None else (preprocess.crop, preprocess.crop)
+    if min(height - h, width - w) < 0:
+        raise DataError(
+            f"{path}: {width} x {height} pixels is too small for a crop of {w} x {h}: lower data.crop_size, or choose "
+            "data.preprocess=resize_and_crop, which enlarges it"
+        )
+    y, x = torch.tensor([(height - h) // 2]), torch.tensor([(width - w) // 2])
+    return crop_flip(torch.from_numpy(pixels.copy())[None], y, x, torch.tensor([False]), (h, w))
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """The device with its number, which a new thread would otherwise take to be 0."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _check_store(store: Store, crop: int | None, together: int) -> None:
+    """Refuse at the start what would otherwise fail in the middle of an epoch."""
+    if crop is not None:
+        smallest = int(store.sizes.min(axis=1).argmin())
+        height, width = store.sizes[smallest]
+        if min(height, width) < crop:
+            raise DataError(
+                f"{store.names[smallest]} is stored with {width} x {height} pixels, too small for a crop of {crop}: "
+                "lower data.crop_size"
+            )
+    elif not store.uniform and together > 1:
+        other = int((store.sizes != store.sizes[0]).any(axis=1).argmax())
+        lines = ", ".join(f"{store.names[i]} has {store.sizes[i, 1]} x {store.sizes[i, 0]}" for i in (0, other))
+        raise DataError(
+            f"whole pictures of several sizes cannot be one batch ({lines}): set training.batch=1 and "
+            "training.accumulate=1, or choose a data.preprocess with a crop"
+        )
+
+
+def _keep_resident(stores: tuple[Store, Store], device: torch.device, resident: str) -> bool:
+    uniform = all(store.uniform for store in stores)
+    if resident == "never":
+        return False
+    if resident == "always":
+        if not uniform:
+            raise DataError(
+                "data.resident=always needs pictures of one size in each domain: choose data.resident=auto, or "
+                "data.preprocess=resize_and_crop"
+            )
+        return True
+    if resident != "auto":
+        raise ValueError(f"data.resident = {resident!r} is not allowed: one of auto, always, never")
+    if not uniform or device.type != "cuda":
+        return uniform
+    free, _ = torch.cuda.mem_get_info(device)
+    return sum(store.nbytes for store in stores) < free // 4

@@ -1,0 +1,138 @@
+"""The layout that DESIGN and CONTRIBUTING promise: import directions, public names, no global settings on import."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cyclegan_fast
+
+ROOT = Path(cyclegan_fast.__file__).parent
+PACKAGE = "cyclegan_fast"
+FILES = sorted(ROOT.rglob("*.py"))
+
+# Modules of the package that each part may import; a prefix stands for all below it. What is not listed may be
+# imported by entry points only.
+ALLOWED = {
+    "errors": set(),
+    "version": set(),
+    "config": {"errors"},
+    "device": {"errors"},
+    "distributed": set(),
+    "data": {"config", "errors", "distributed", "data"},
+    "models.reference": set(),
+    "models": {"config", "models"},
+    "training.losses": set(),
+    "training.schedule": set(),
+    "training.image_pool": set(),
+    "training.step": {"training.losses"},
+    "training.checkpoint": {"errors"},
+    "training.monitor": set(),
+    "training.samples": {"evaluation.figures", "training.step"},
+    "training.process": {"config", "device", "distributed"},
+    "inference": {"config", "data", "device", "errors", "inference", "models", "training.checkpoint"},
+    "evaluation": {"data.photo", "errors", "evaluation", "inference.translate", "training.checkpoint"},
+    "doctor": {"data.store", "device", "version"},
+    "training.trainer": {
+        *("config", "data.loader", "device", "distributed", "errors", "evaluation.figures", "models", "version"),
+        *(f"training.{name}" for name in ("checkpoint", "image_pool", "losses", "monitor", "process", "samples")),
+        *("training.schedule", "training.step"),
+    },
+}
+ENTRY_POINTS = {"__init__", "__main__", "cli"}
+# These see modules and tensors only.
+ONLY_TORCH = {"models.reference", "training.losses"}
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__") or "__init__"
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of all modules a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path} imports relatively"
+            found |= {f"{node.module}.{alias.name}" if node.module == PACKAGE else node.module for alias in node.names}
+    return found
+
+
+def within(module: str, prefixes: set[str]) -> bool:
+    return any(module == prefix or module.startswith(prefix + ".") for prefix in prefixes)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_import_directions(path: Path) -> None:
+    module = name_of(path)
+    own = {name.removeprefix(PACKAGE + ".") for name in imports(path) if name.startswith(PACKAGE + ".")}
+    if module in ENTRY_POINTS:
+        return
+    rule = next((key for key in sorted(ALLOWED, key=len, reverse=True) if within(module, {key})), None)
+    if rule is None:
+        assert module in {"training"}, f"{module} has no rule in ALLOWED: say what it may import"
+        assert not own
+        return
+    wrong = {name for name in own if not within(name, ALLOWED[rule])}
+    assert not wrong, f"{module} may not import {sorted(wrong)}"
+
+
+@pytest.mark.parametrize("module", sorted(ONLY_TORCH))
+def test_some_modules_see_torch_only(module: str) -> None:
+    path = ROOT / (module.replace(".", "/") + ".py")
+    outside = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names)
+    assert outside == {"torch"}
+
+
+def test_the_rule_would_see_a_wrong_import(tmp_path: Path) -> None:
+    file = tmp_path / "a.py"
+    file.write_text("from cyclegan_fast import config\nfrom cyclegan_fast.data.photo import open_photo\nimport torch\n")
+    assert imports(file) == {"cyclegan_fast.config", "cyclegan_fast.data.photo", "torch"}
+    assert not within("data.photo", {"config", "data.photos"})
+
+
+def test_public_names() -> None:
+    assert set(cyclegan_fast.__all__) == {
+        *("Config", "ConfigError", "InputError", "PatchDiscriminator", "PixelDiscriminator", "ResnetGenerator"),
+        *("Translator", "__version__", "load", "load_config", "train"),
+    }
+    for name in cyclegan_fast.__all__:
+        assert getattr(cyclegan_fast, name) is not None
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = cyclegan_fast.nothing
+
+
+def test_importing_changes_no_setting_of_torch() -> None:
+    code = """
+import torch
+def settings():
+    return (torch.get_num_threads(), torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(),
+            torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision(),
+            torch.backends.cuda.matmul.allow_tf32, torch.is_grad_enabled(), torch.initial_seed())
+torch.manual_seed(7)
+before = settings()
+import cyclegan_fast.cli, cyclegan_fast.doctor, cyclegan_fast.training.trainer, cyclegan_fast.inference.translate
+import cyclegan_fast.evaluation.figures, cyclegan_fast.data.synthetic
+assert settings() == before, (before, settings())
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_help_answers_without_torch() -> None:
+    code = """
+import sys
+import cyclegan_fast.cli
+try:
+    cyclegan_fast.cli.main(["--help"])
+except SystemExit:
+    pass
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

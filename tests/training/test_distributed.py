@@ -1,0 +1,97 @@
+"""Two gloo processes against one with twice the batch, started as a user starts them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_trainer import assert_same_state, losses
+
+from cyclegan_fast.config import Config, to_yaml
+from cyclegan_fast.training import checkpoint as ckpt
+from cyclegan_fast.training.trainer import train
+
+Tiny = Callable[..., Config]
+ROOT = Path(__file__).parents[2]
+
+
+def launch(config: Config, *arguments: str) -> subprocess.Popen[str]:
+    file = config.run_dir.parent / f"{config.name}.yaml"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(to_yaml(config))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.Popen(
+        [*torchrun, str(ROOT / "train.py"), "--config", str(file), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [(), ("training.accumulate=2", "loss.gan=wgangp")], ids=["plain", "accumulate"])
+def test_two_processes_are_one_with_twice_the_batch(tiny: Tiny, overrides: tuple[str, ...]) -> None:
+    """Losses and weights to 1e-5 in float32, over steps in which the pools fill and exchange."""
+    common = ("training.steps=8", "monitor.log_every=1", *overrides)
+    one = train(tiny("one", "training.batch=2", *common))
+    two = tiny("two", "training.batch=1", *common)
+    finish(launch(two))
+    for single, double in zip(losses(one), losses(two.run_dir), strict=True):
+        for name, value in single.items():
+            assert double[name] == pytest.approx(value, rel=1e-5, abs=1e-6), (single["step"], name)
+    states = [ckpt.read_checkpoint(ckpt.find_checkpoint(run)) for run in (one, two.run_dir)]
+    for network in ("G_A", "G_B", "D_A", "D_B"):
+        for name, tensor in states[0][network].items():
+            if tensor.dim() > 1:  # biases before a norm are dead: their gradients are rounding, of any sign
+                # The weights move by about lr = 2e-4 a step; a sign flip of one tiny gradient moves one by that much.
+                difference = (states[1][network][name] - tensor).abs()
+                assert float(difference.median()) < 1e-6, (network, name)
+                assert float(difference.max()) < 1e-3, (network, name)
+    pools: list[dict[str, Any]] = [state["pools"]["B"] for state in states]
+    assert pools[0]["count"] == pools[1]["count"] == 3
+    torch.testing.assert_close(pools[0]["images"], pools[1]["images"], rtol=0, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_both_processes_stop_at_one_step_and_resume_exactly(tiny: Tiny) -> None:
+    config = tiny("stopped", "training.steps=400", "monitor.log_every=1")
+    process = launch(config)
+    scalars = config.run_dir / "scalars.jsonl"
+    while process.poll() is None and not (scalars.exists() and scalars.stat().st_size):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    step = ckpt.read_checkpoint(ckpt.find_checkpoint(config.run_dir))["position"]["step"]
+    assert 1 <= step < 400, output
+
+    end = f"training.steps={step + 4}"
+    finish(launch(tiny("stopped", end, "monitor.log_every=1"), "--resume"))
+    straight = tiny("straight", end, "monitor.log_every=1")
+    finish(launch(straight))
+    assert_same_state(straight.run_dir, config.run_dir)
+    assert losses(straight.run_dir) == losses(config.run_dir)
+
+
+@pytest.mark.slow
+def test_an_error_on_rank_0_ends_all(tiny: Tiny, dataset: Path) -> None:
+    (dataset / "trainA" / "000.png").write_bytes(b"")
+    process = launch(tiny("run", "training.steps=2"))
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "000.png" in output
