@@ -342,9 +342,7 @@ def _head(
     middle = np.asarray(centre, np.float32)
     disc = float(rng.uniform(*species.disc)) * radius
     petals = _petals(rng, species, palette, middle, facing, axes, radius, disc, closed)
-    # The inner petals of a full flower are smaller: drawn apart, they need fewer samples.
-    outer = len(petals) // 2 if len(petals) > 24 else len(petals)
-    parts: list[Blades | Blobs] = [petals.take(slice(0, outer)), petals.take(slice(outer, None))]
+    parts: list[Blades | Blobs] = [petals]
     if pitch > 0.5 or closed > 0.5:
         parts.append(_sepals(rng, middle - 0.03 * radius * facing, facing, axes, radius * (0.34 + 0.4 * closed), closed))
     if closed < 0.5:
@@ -503,7 +501,7 @@ def _main_flower(rng: np.random.Generator, species: Species, palette: int, focus
     head = (head[0], max(head[1], 0.1 + 0.75 * radius), 0.0)
     flower = _head(rng, species, palette, head, radius)
     stem = _stem(rng, head, radius, int(rng.integers(0, 5)))
-    return [Layer(focus + 0.02, tuple(stem), 0.5), Layer(focus, tuple(merged([part for part in flower if len(part)])), 0.65)]
+    return [Layer(focus + 0.02, tuple(stem), 0.5), Layer(focus, tuple(flower), 0.65)]
 
 
 def _companions(rng: np.random.Generator, species: Species, palette: int, focus: float) -> list[Layer]:

@@ -682,15 +682,15 @@ class _Collect(logging.Handler):
 def _serve(preprocess: dict[str, Any], data: str) -> None:
     """The far side of a decoding process: one JSON line in, one out, until the input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what follows
-    answers = os.fdopen(os.dup(1), "w", encoding="ascii")
+    answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # whatever a library prints must not look like an answer
     collect = _Collect()
     logger = logging.getLogger("cyclegan_fast")
     logger.addHandler(collect)
     logger.propagate = False
     settings = Preprocess(**preprocess)
-    print("ready", file=answers, flush=True)
-    with Path(data).open("r+b") as file:
+    answers.write(b"ready\n")
+    with Path(data).open("r+b") as file, contextlib.suppress(BrokenPipeError):  # the parent may be gone
         for line in sys.stdin:
             answer: dict[str, Any] = {"failure": None, "error": None}
             try:
@@ -698,7 +698,7 @@ def _serve(preprocess: dict[str, Any], data: str) -> None:
                 answer["failure"] = None if failure is None else asdict(failure)
             except OSError as error:
                 answer["error"] = [error.errno, error.strerror]
-            print(json.dumps({**answer, "log": collect.records}), file=answers, flush=True)
+            answers.write(json.dumps({**answer, "log": collect.records}).encode() + b"\n")
             collect.records.clear()
 
 
