@@ -105,7 +105,7 @@ class Blades:
 
     def grid(self, side: int, extent: tuple[Floats, Floats]) -> tuple[Floats, Floats]:
         """Samples (t, v) that leave no hole at `side` pixels a frame."""
-        rows, columns = (int(float(size.max()) * side * _SAMPLES_PER_PIXEL) + 3 for size in extent)
+        rows, columns = (int(float(size.max()) * side * _SAMPLES_PER_PIXEL) + 2 for size in extent)
         t = (np.arange(rows, dtype=np.float32) + 0.5) / rows
         v = (2 * (np.arange(columns, dtype=np.float32) + 0.5) / columns - 1).astype(np.float32)
         return t, v

@@ -120,7 +120,7 @@ class Preprocess:
         return _pixels(image)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Store:
     """Decoded pictures in a memory-mapped file.
 

@@ -92,6 +92,26 @@ def _native_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: flo
     return normed[0] if len(normed) == 1 else torch.cat(normed)
 
 
+class ReflectionPad2d(nn.ReflectionPad2d):
+    """Reflection padding whose gradient is deterministic where `torch.use_deterministic_algorithms` asks for it.
+
+    PyTorch's own gradient adds atomically on CUDA, and refuses to run then.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name nn.Module gives it
+        if input.is_cuda and torch.are_deterministic_algorithms_enabled():
+            return _reflect_by_copies(input, *self.padding)
+        return super().forward(input)
+
+
+def _reflect_by_copies(x: Tensor, left: int, right: int, top: int, bottom: int) -> Tensor:
+    """Reflection padding [N, C, H, W] from slices, whose gradients are sums in a fixed order."""
+    for dim, before, after in ((3, left, right), (2, top, bottom)):
+        size = x.shape[dim]
+        x = torch.cat([x.narrow(dim, 1, before).flip(dim), x, x.narrow(dim, size - 1 - after, after).flip(dim)], dim)
+    return x
+
+
 class SameConv2d(nn.Conv2d):
     """Convolution with TensorFlow's "same" zero padding: ceil(size / stride) outputs, the odd zero right and below."""
 
@@ -128,7 +148,7 @@ class ResnetBlock(nn.Module):
     def __init__(self, channels: int, style: _Style, *, dropout: bool) -> None:
         super().__init__()
         layers: list[nn.Module] = [
-            nn.ReflectionPad2d(1),
+            ReflectionPad2d(1),
             nn.Conv2d(channels, channels, 3, bias=style.hidden_bias),
             _norm(channels, style),
             nn.ReLU(inplace=True),
@@ -136,7 +156,7 @@ class ResnetBlock(nn.Module):
         if dropout:
             layers.append(nn.Dropout(0.5))
         layers += [
-            nn.ReflectionPad2d(1),
+            ReflectionPad2d(1),
             nn.Conv2d(channels, channels, 3, bias=style.hidden_bias),
             _norm(channels, style),
         ]
@@ -175,7 +195,7 @@ class ResnetGenerator(nn.Module):
         _check_positive(in_channels=in_channels, out_channels=out_channels, ngf=ngf, blocks=blocks)
         self.in_channels = in_channels
         layers: list[nn.Module] = [
-            nn.ReflectionPad2d(3),
+            ReflectionPad2d(3),
             nn.Conv2d(in_channels, ngf, 7, bias=style.hidden_bias),
             _norm(ngf, style),
             nn.ReLU(inplace=True),
@@ -187,7 +207,7 @@ class ResnetGenerator(nn.Module):
         for width in (2 * ngf, ngf):
             layers += [_double(2 * width, width, style), _norm(width, style), nn.ReLU(inplace=True)]
         last = nn.Conv2d(ngf, out_channels, 7)
-        layers += [nn.ReflectionPad2d(3), last, nn.Tanh()]
+        layers += [ReflectionPad2d(3), last, nn.Tanh()]
         self.model = nn.Sequential(*layers)
         _initialise(self, init_gain)
         if preset == "keras":
@@ -328,7 +348,9 @@ def _extend(x: Tensor, dim: int) -> Tensor:
     if missing == 0:
         return x
     padding = (0, 0, 0, missing) if dim == 2 else (0, missing, 0, 0)
-    return F.pad(x, padding, mode="reflect" if missing < size else "replicate")
+    if missing < size:
+        return ReflectionPad2d(padding)(x)
+    return F.pad(x, padding, mode="replicate")
 
 
 def _style(preset: str) -> _Style:

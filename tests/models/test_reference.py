@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cyclegan_fast.config import ModelConfig
 from cyclegan_fast.models import (
@@ -19,7 +20,7 @@ from cyclegan_fast.models import (
     build_discriminators,
     build_generators,
 )
-from cyclegan_fast.models.reference import InstanceNorm, SameConv2d, SameConvTranspose2d
+from cyclegan_fast.models.reference import InstanceNorm, SameConv2d, SameConvTranspose2d, _reflect_by_copies
 
 PRESETS = ["original", "keras"]
 # Two orders of float32 summation through a dozen layers of `randomised` weights, whose outputs are of order 1.
@@ -617,3 +618,28 @@ def test_builders_make_the_pixel_discriminator(preset: str) -> None:
 def test_builders_refuse_an_unknown_discriminator() -> None:
     with pytest.raises(ValueError, match=r"model\.discriminator = 'stylegan'"):
         build_discriminators(ModelConfig(discriminator="stylegan"))
+
+
+@pytest.mark.parametrize("padding", [(1, 1, 1, 1), (3, 3, 3, 3), (0, 2, 0, 0), (0, 0, 1, 4)])
+def test_deterministic_reflection_is_reflection(padding: tuple[int, int, int, int]) -> None:
+    x = torch.randn(2, 3, 5, 6, dtype=torch.float64, requires_grad=True)
+    expected = F.pad(x, padding, mode="reflect")
+    padded = _reflect_by_copies(x, *padding)
+    assert torch.equal(padded, expected)
+    weight = torch.randn_like(expected)
+    (gradient,) = torch.autograd.grad((padded * weight).sum(), x)
+    (wanted,) = torch.autograd.grad((expected * weight).sum(), x)
+    torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gradients_are_deterministic_on_cuda_when_asked_for() -> None:
+    x = torch.randn(1, 3, 33, 40, device="cuda", requires_grad=True)
+    generator = ResnetGenerator(3, 3, 4, 1).cuda()
+    torch.use_deterministic_algorithms(True)
+    try:
+        gradients = [torch.autograd.grad(generator(x).square().sum(), x)[0] for _ in range(2)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(*gradients)
