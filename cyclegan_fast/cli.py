@@ -28,10 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status."""
     parser = _parser()
     arguments = parser.parse_args(argv)
-    main_process = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(
-        level=logging.INFO if main_process else logging.WARNING, format="%(message)s", stream=sys.stderr
-    )
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
     try:
         status: int = arguments.run(arguments)
     except InputError as error:

@@ -61,7 +61,8 @@ def imports(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, f"{path} imports relatively"
-            found |= {f"{node.module}.{alias.name}" if node.module == PACKAGE else node.module for alias in node.names}
+            folder = ROOT.parent.joinpath(*node.module.split(".")).is_dir()  # `from package.part import module`
+            found |= {f"{node.module}.{alias.name}" if folder else node.module for alias in node.names}
     return found
 
 

@@ -76,8 +76,16 @@ def _low_pass(light: Floats) -> Floats:
 
 
 def _over(rgba: Floats, radius: float, behind: Floats) -> Floats:
-    blurred = disc_blur(rgba, radius)
-    return np.asarray(blurred + behind * (1 - blurred[3]))
+    """The layer, spread by its disc, laid over what is behind it."""
+    reach = int(np.ceil(radius)) + 2
+    rows = np.flatnonzero(rgba[3].any(axis=1))
+    if not len(rows):
+        return behind
+    part = slice(max(0, int(rows[0]) - reach), int(rows[-1]) + 1 + reach)
+    blurred = disc_blur(rgba[:, part], radius)
+    behind[:, part] *= 1 - blurred[3]
+    behind[:, part] += blurred
+    return behind
 
 
 def disc_blur(planes: Floats, radius: float) -> Floats:

@@ -18,11 +18,14 @@ from PIL import Image
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 Bools: TypeAlias = npt.NDArray[np.bool_]
-Ints: TypeAlias = npt.NDArray[np.int32]
+Ints: TypeAlias = npt.NDArray[np.intp]  # what numpy indexes with: anything else is converted at every use
 
-_SAMPLES_PER_PIXEL = 1.15  # along each direction of a surface: fewer leaves holes, more only costs time
-_FEW = 20_000  # points below which a further call costs more than it saves
+_SAMPLES_PER_PIXEL = 0.85  # along each direction of a surface; the holes this leaves are a pixel wide and get closed
+_FEW = 40_000  # points below which a further call costs more than it saves
 _CHUNK = 3_000_000  # points held at a time, which bounds the memory of a 4096 px picture
+
+
+_DOWN, _TOWARDS = np.array([0, 1, 0], np.float32), np.array([0, 0, 1], np.float32)
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Light:
     @property
     def halfway(self) -> Floats:
         """Unit vector between the sun and the camera: the normal of a surface that mirrors one into the other."""
-        both = self.direction + np.array([0, 0, 1], np.float32)
+        both = self.direction + _TOWARDS
         return np.asarray(both / np.linalg.norm(both))
 
 
@@ -101,7 +104,9 @@ class Blades:
         upright = np.sqrt(((cosine * normal - sine * out) ** 2).sum(axis=1)).max(axis=1)
         steep = 1.4 * np.abs(self.cup) + abs(self.twist) + self.ruffle
         across = np.sqrt((self.side[:, :2] ** 2).sum(axis=1)) + steep * upright
-        return self.length * np.minimum(1, along + 0.1 + self.ruffle), 2 * self.width * np.minimum(1.3, across + 0.1)
+        return self.length * np.minimum(1.1, along + 0.1 + self.ruffle + self.notch[0]), 2 * self.width * np.minimum(
+            1.3, across + 0.1
+        )
 
     def grid(self, side: int, extent: tuple[Floats, Floats]) -> tuple[Floats, Floats]:
         """Samples (t, v) that leave no hole at `side` pixels a frame."""
@@ -122,7 +127,9 @@ class Blades:
         square = v * v
         height = self.cup[:, None, None] * square + self.twist * v
         if self.ruffle:
-            height = height + self.ruffle * np.sin(self._ruffle_angle(t[:, None], v, self.phase[:, None, None])) * square
+            height = (
+                height + self.ruffle * np.sin(self._ruffle_angle(t[:, None], v, self.phase[:, None, None])) * square
+            )
         height = height * width[:, :, None]
         local = np.empty((len(self), 3, len(t), len(v)), np.float32)  # along `out`, along `normal`, across
         np.multiply(height, -sine[:, :, None], out=local[:, 0])
@@ -147,32 +154,27 @@ class Blades:
 
     def shade(self, which: Ints, t: Floats, v: Floats, light: Light) -> Floats:
         """Linear RGB [3, m] of m samples (blade `which`, t, v): sun, sky, light through the blade, gloss."""
-        angle = self.elevation[which] + self.curl[which] * t
+        axes = np.stack([light.direction, light.halfway, _DOWN, _TOWARDS])
+        # Cosines of each blade's frame with each axis, found once a blade: [4, m] for each vector of the frame.
+        out, normal, side = ((axes @ vectors.T).take(which, axis=1) for vectors in (self.out, self.normal, self.side))
+        angle = self.elevation.take(which) + self.curl.take(which) * t
         sine, cosine = np.sin(angle), np.cos(angle)
         pattern, groove = self._veins(t, v)
-        across = 2 * self.cup[which] * v + self.twist + groove
-        along: Floats | None = None
+        across = 2 * self.cup.take(which) * v + self.twist + groove
+        steepness = 1 + across * across
+        cosines = cosine * normal - sine * out - across * side
         if self.ruffle:
-            wave = self._ruffle_angle(t, v, self.phase[which])
-            across = across + self.ruffle * 2 * v * np.sin(wave)
-            along = self.ruffle * 13 * v * v * np.cos(wave) * (self.width / self.length)[which]
-        scale = 1 / np.sqrt(1 + across * across + (0 if along is None else along * along))
-        side = self.side
-
-        def facing(axis: Floats) -> Floats:
-            """Cosine between the surface normal and a unit vector."""
-            out, normal = (self.out @ axis)[which], (self.normal @ axis)[which]
-            cosines = cosine * normal - sine * out - across * (side @ axis)[which]
-            if along is not None:
-                cosines -= along * (cosine * out + sine * normal)
-            return np.asarray(cosines * scale)
-
-        back = np.sign(facing(np.array([0, 0, 1], np.float32)))
-        sun = facing(light.direction) * back
-        up = -facing(np.array([0, 1, 0], np.float32)) * back
-        direct = np.where(sun > 0, sun, -self.through * sun)
-        ambient = 0.55 + 0.45 * up
-        shine = self.gloss * _power16(np.clip(1.12 * facing(light.halfway) * back - 0.12, 0, 1))
+            wave = self._ruffle_angle(t, v, self.phase.take(which))
+            across = self.ruffle * 2 * v * np.sin(wave)
+            along = self.ruffle * 13 * v * v * np.cos(wave) * (self.width / self.length).take(which)
+            cosines -= across * side + along * (cosine * out + sine * normal)
+            steepness += across * across + along * along
+        cosines /= np.sqrt(steepness)
+        cosines *= np.sign(cosines[3])  # the side that the camera sees
+        sun, mirror, down, _ = cosines
+        direct = np.maximum(sun, -self.through * sun)
+        ambient = 0.55 - 0.45 * down
+        shine = self.gloss * _power16(np.maximum(1.12 * mirror - 0.12, 0))
         colour = self._colour(which, t, v, pattern)
         for c in range(3):
             sky, bounce = light.sky[c], light.bounce[c]
@@ -200,9 +202,9 @@ class Blades:
         square = v * v
         rim = np.maximum(square * square * 0.8, np.clip(4 * t - 3, 0, 1) * 0.6)
         inner, outer, edge = (1 - mix) * (1 - rim) * pattern, mix * (1 - rim) * pattern, rim * pattern
-        colour = np.empty((3, len(t)), np.float32)
-        for c in range(3):
-            colour[c] = self.inner[which, c] * inner + self.outer[which, c] * outer + self.edge[which, c] * edge
+        colour = self.inner.T.take(which, axis=1) * inner
+        colour += self.outer.T.take(which, axis=1) * outer
+        colour += self.edge.T.take(which, axis=1) * edge
         return colour
 
 
@@ -263,11 +265,11 @@ class Blobs:
         x, y, z = (float(c) for c in light.direction)
         sun = np.clip(u * x + v * y + bulge * z, 0, 1)
         shine = self.gloss * _power16(sun)
-        ambient, glow = 0.55 - 0.45 * v, self.glow[which]
+        ambient, glow = 0.55 - 0.45 * v, self.glow.take(which)
         colour = np.empty((3, len(u)), np.float32)
         for c in range(3):
             received = sun * light.sun[c] + ambient * (light.sky[c] - light.bounce[c]) + light.bounce[c] + glow
-            colour[c] = self.colour[which, c] * received + shine * light.sun[c]
+            colour[c] = self.colour[:, c].take(which) * received + shine * light.sun[c]
         return colour
 
 
@@ -304,16 +306,17 @@ class Canvas:
 
     def _draw(self, items: Blades | Blobs, first: Floats, second: Floats, per_item: int, light: Light) -> None:
         pixels, points, z = self._nearest(items.points(first, second))
-        nearer = z > self.z[pixels]
-        pixels, points, z = pixels[nearer], points[nearer], z[nearer]
+        nearer = np.flatnonzero(z > self.z.take(pixels))
+        pixels, points, z = pixels.take(nearer), points.take(nearer), z.take(nearer)
         if not len(pixels):
             return
-        which, rest = np.divmod(points, np.int32(per_item))
+        which = points // per_item
+        rest = points - which * per_item
         if isinstance(items, Blobs):
-            colour = items.shade(which, first[rest], second[rest], light)
+            colour = items.shade(which, first.take(rest), second.take(rest), light)
         else:
-            row, column = np.divmod(rest, np.int32(len(second)))
-            colour = items.shade(which, first[row], second[column], light)
+            row = rest // len(second)
+            colour = items.shade(which, first.take(row), second.take(rest - row * len(second)), light)
         for c in range(3):
             self.rgb[c, pixels] = colour[c]
         self.z[pixels] = z
@@ -326,26 +329,27 @@ class Canvas:
         column, row = ((points[:, c] * side).astype(np.int32).ravel() for c in range(2))
         pixel = row * np.int32(self.side) + column
         inside = np.flatnonzero((column.view(np.uint32) < self.side) & (row.view(np.uint32) < self.side))
-        inside = inside.astype(np.int32)
         if not len(inside):
             return inside, inside, np.zeros(0, np.float32)
         z = np.ascontiguousarray(points[:, 2]).ravel()
-        depth = z[inside]
+        depth = z.take(inside)
         low, high = float(depth.min()), float(depth.max())
         # 16 bits are what numpy sorts by radix; a stable sort writes the nearest point of a pixel last.
         key = ((depth - low) * np.float32(65535 / max(high - low, 1e-6))).astype(np.uint16)
-        order = inside[np.argsort(key, kind="stable")]
-        target = pixel[order]
+        order = inside.take(np.argsort(key, kind="stable"))
+        target = pixel.take(order).astype(np.intp)
         first = max(0, int(target.min()) - self.side)
-        hit = np.full(min(self.side * self.side, int(target.max()) + 1 + self.side) - first, -1, np.int32)
-        hit[target - np.int32(first)] = order
-        for step in (1, self.side):  # close holes of one pixel, along and down
-            empty = hit < 0
-            gap = np.flatnonzero(empty[step:-step] & ~(empty[: -2 * step] | empty[2 * step :])) + step
-            hit[gap] = hit[gap - step]
-        pixels = np.flatnonzero(hit >= 0).astype(np.int32)
-        nearest = hit[pixels]
-        return pixels + np.int32(first), nearest, z[nearest]
+        hit = np.full(min(self.side * self.side, int(target.max()) + 1 + self.side) - first, -1, np.intp)
+        target -= first
+        hit[target] = order
+        height = np.full(len(hit), -np.inf, np.float32)
+        height[target] = z.take(order)
+        for step in (1, self.side, 1):  # close holes of one pixel, along and down: both neighbours are nearer by far
+            rim = np.minimum(height[: -2 * step], height[2 * step :]) - np.float32(2 / self.side)
+            gap = np.flatnonzero(height[step:-step] < rim) + step
+            hit[gap], height[gap] = hit[gap - step], height[gap - step]
+        pixels = np.flatnonzero(hit >= 0)
+        return pixels + first, hit.take(pixels), height.take(pixels)
 
     def contact_shadows(self, light: Light, reach: float = 0.02, strength: float = 0.6) -> None:
         """Darken what lies behind something that stands towards the sun within about `reach` frames."""
@@ -354,15 +358,18 @@ class Canvas:
             return
         block = slice(top * self.side, bottom * self.side)
         z = self.z[block].reshape(-1, self.side)
-        covered = np.isfinite(z)
-        filled = np.where(covered, z, z[covered].min())
-        step = max(1, self.side // 128)  # the mean is smooth: a coarse grid will do
-        coarse = np.ascontiguousarray(filled[::step, ::step])
-        around = box_blur(coarse, max(1, round(reach * self.side / step)))
+        step = max(1, self.side // 128)  # the mean around a pixel is smooth: a coarse grid will do
+        coarse = z[::step, ::step]
+        covered = np.isfinite(coarse)
+        if not covered.any():
+            return
+        floor = coarse[covered].min()
+        around = box_blur(np.maximum(coarse, floor), max(1, round(reach * self.side / step)))
         down, right = (-round(float(light.direction[c]) * reach * self.side / step) for c in (1, 0))
-        around = np.roll(around, (down, right), axis=(0, 1))
-        smooth = np.asarray(Image.fromarray(around).resize(z.shape[::-1], Image.Resampling.BILINEAR))
-        hidden = np.clip((smooth - filled) / np.float32(1.6 * reach), 0, 1)
+        around = shifted(around, down, right) * np.float32(1 / (1.6 * reach))
+        hidden = _enlarged(around, step)[: len(z), : self.side]
+        hidden -= np.maximum(z, floor) * np.float32(1 / (1.6 * reach))
+        np.clip(hidden, 0, 1, out=hidden)
         self.rgb[:, block] *= (1 - np.float32(strength) * hidden).ravel()
 
     def layer(self, size: int) -> tuple[Floats, Floats]:
@@ -404,16 +411,37 @@ def _power16(x: Floats) -> Floats:
     return x * x
 
 
+def _enlarged(image: Floats, factor: int) -> Floats:
+    """[factor H, factor W], interpolated where the steps would show."""
+    if factor <= 2:
+        return image.repeat(factor, axis=0).repeat(factor, axis=1)
+    height, width = image.shape
+    return np.array(Image.fromarray(image).resize((width * factor, height * factor), Image.Resampling.BILINEAR))
+
+
+def shifted(image: Floats, down: int, right: int) -> Floats:
+    """[H, W] moved by whole pixels; the border is repeated."""
+    rows = np.clip(np.arange(image.shape[0]) - down, 0, image.shape[0] - 1)
+    columns = np.clip(np.arange(image.shape[1]) - right, 0, image.shape[1] - 1)
+    return np.asarray(image[rows[:, None], columns])
+
+
 def box_blur(image: Floats, radius: int) -> Floats:
     """Mean over (2 radius + 1)^2 pixels of [H, W]; the border is repeated."""
     window = 2 * radius + 1
     for _ in range(2):
-        padded = np.pad(image, ((radius + 1, radius), (0, 0)), mode="edge").cumsum(axis=0, dtype=np.float32)
-        image = ((padded[window:] - padded[:-window]) / window).T
+        count = len(image)
+        padded = image.take(np.clip(np.arange(-radius, count + radius), 0, count - 1), axis=0)
+        total = padded[:count] + padded[window - 1 :]
+        for offset in range(1, window - 1):
+            total += padded[offset : offset + count]
+        image = (total * np.float32(1 / window)).T
     return image
 
 
-def fractal_noise(seed: int, size: int, cells: tuple[float, float], *, gain: float = 0.55, finest: float = 1.5) -> Floats:
+def fractal_noise(
+    seed: int, size: int, cells: tuple[float, float], *, gain: float = 0.55, finest: float = 1.5
+) -> Floats:
     """Smooth noise [size, size] of mean 0 and standard deviation about 1.
 
     The coarsest grid has `cells` = (down, across) cells a frame; octaves are added until a cell is `finest` pixels, so
@@ -422,11 +450,12 @@ def fractal_noise(seed: int, size: int, cells: tuple[float, float], *, gain: flo
     total = np.zeros((size, size), np.float32)
     power, octave = 0.0, 0
     while octave == 0 or max(cells) * 2**octave * finest <= size:
-        rows, columns = (int(np.ceil(cell * 2**octave)) + 1 for cell in cells)
-        grid = np.random.default_rng((seed, octave)).standard_normal((rows, columns), dtype=np.float32)
-        box = (0.0, 0.0, columns - 1 + 1e-3, rows - 1 + 1e-3)
-        smooth = Image.fromarray(grid).resize((size, size), Image.Resampling.BICUBIC, box=box)
-        total += np.asarray(smooth) * gain**octave
+        rng = np.random.default_rng((seed, octave))
+        down, across = (cell * 2**octave for cell in cells)
+        y, x = rng.uniform(0, 1, 2)  # grids that met at their nodes would show as a lattice
+        grid = rng.standard_normal((int(down + y) + 2, int(across + x) + 2), dtype=np.float32)
+        smooth = Image.fromarray(grid).resize((size, size), Image.Resampling.BICUBIC, box=(x, y, x + across, y + down))
+        total += np.asarray(smooth) * np.float32(gain**octave)
         power += gain ** (2 * octave)
         octave += 1
     return np.asarray(total / np.sqrt(power * 0.6), np.float32)

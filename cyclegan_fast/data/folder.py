@@ -18,6 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cyclegan_fast.data.photo import EXTENSIONS, PhotoError, open_photo, read_header
+from cyclegan_fast.errors import InputError
 
 __all__ = ["SPLITS", "DataError", "Entry", "Scan", "list_images", "report", "scan_dataset", "scan_folder", "subset"]
 
@@ -27,7 +28,7 @@ SPLITS = ("trainA", "trainB", "testA", "testB")
 _LISTED = 20
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """A data set that cannot be used; the message names the folder or file and what would be right."""
 
 

@@ -41,6 +41,8 @@ from PIL.PpmImagePlugin import PpmImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from cyclegan_fast.errors import InputError
+
 __all__ = [
     "EXTENSIONS",
     "MAX_PIXELS",
@@ -90,7 +92,7 @@ _DESCRIPTIVE_TAGS = (0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x013B, 0x8298)
 _JPEG_EXIF_LIMIT = 65_533
 
 
-class PhotoError(ValueError):
+class PhotoError(InputError):
     """A file that cannot be read or written as a photograph; ``str()`` is ``path: reason``."""
 
     def __init__(self, path: str | Path, reason: str) -> None:

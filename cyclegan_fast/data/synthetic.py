@@ -259,7 +259,9 @@ def _in_processes(render: partial[None], jobs: list[tuple[str, int]], workers: i
     try:
         yield from pool.map(render, jobs, chunksize=max(1, min(16, len(jobs) // (4 * workers))))
     except BrokenProcessPool:
-        raise DataError("synthetic flowers: a rendering process died, for want of memory perhaps: use fewer workers") from None
+        raise DataError(
+            "synthetic flowers: a rendering process died, for want of memory perhaps: use fewer workers"
+        ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -349,7 +349,8 @@ def _extend(x: Tensor, dim: int) -> Tensor:
         return x
     padding = (0, 0, 0, missing) if dim == 2 else (0, missing, 0, 0)
     if missing < size:
-        return ReflectionPad2d(padding)(x)
+        reflected: Tensor = ReflectionPad2d(padding)(x)
+        return reflected
     return F.pad(x, padding, mode="replicate")
 
 

@@ -382,7 +382,8 @@ def _prepare_run(config: Config, resume: bool) -> tuple[Path, dict[str, Any]] | 
 def _build_networks(config: Config, device: torch.device) -> dict[str, nn.Module]:
     """The four networks by name, initialised from the seed, on the device."""
     torch.manual_seed(config.seed)
-    modules = dict(zip(NETWORKS, (*build_generators(config.model), *build_discriminators(config.model)), strict=True))
+    made: tuple[nn.Module, ...] = (*build_generators(config.model), *build_discriminators(config.model))
+    modules = dict(zip(NETWORKS, made, strict=True))
     for module in modules.values():
         module.to(device)
         if config.training.channels_last:

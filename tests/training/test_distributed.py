@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -46,25 +45,30 @@ def finish(process: subprocess.Popen[str]) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("overrides", [(), ("training.accumulate=2", "loss.gan=wgangp")], ids=["plain", "accumulate"])
 def test_two_processes_are_one_with_twice_the_batch(tiny: Tiny, overrides: tuple[str, ...]) -> None:
-    """Losses and weights to 1e-5 in float32, over steps in which the pools fill and exchange."""
-    common = ("training.steps=8", "monitor.log_every=1", *overrides)
+    """Losses to 1e-5 in float32, and weights and pools, over steps in which the pools fill and exchange.
+
+    Adam divides by the gradient's own size, so with its usual epsilon a gradient of rounding size moves its weight by a
+    whole learning rate, one way or the other: an epsilon above the rounding and a small rate keep runs comparable. The L1
+    losses have a kink: where a pixel is right to rounding, its gradient has either sign, one part in some thousands of
+    the whole, which shows in gradient norms and, times the learning rate, in weights.
+    """
+    sizes = ("data.load_size=54", "data.crop_size=48")
+    common = ("training.steps=5", "monitor.log_every=1", "training.adam_eps=1e-2", "training.lr=2e-5", *sizes, *overrides)
     one = train(tiny("one", "training.batch=2", *common))
     two = tiny("two", "training.batch=1", *common)
     finish(launch(two))
     for single, double in zip(losses(one), losses(two.run_dir), strict=True):
         for name, value in single.items():
-            assert double[name] == pytest.approx(value, rel=1e-5, abs=1e-6), (single["step"], name)
+            rel = 1e-2 if name.startswith("grad_") else 1e-5
+            assert double[name] == pytest.approx(value, rel=rel, abs=1e-6), (single["step"], name)
     states = [ckpt.read_checkpoint(ckpt.find_checkpoint(run)) for run in (one, two.run_dir)]
     for network in ("G_A", "G_B", "D_A", "D_B"):
-        for name, tensor in states[0][network].items():
-            if tensor.dim() > 1:  # biases before a norm are dead: their gradients are rounding, of any sign
-                # The weights move by about lr = 2e-4 a step; a sign flip of one tiny gradient moves one by that much.
-                difference = (states[1][network][name] - tensor).abs()
-                assert float(difference.median()) < 1e-6, (network, name)
-                assert float(difference.max()) < 1e-3, (network, name)
-    pools: list[dict[str, Any]] = [state["pools"]["B"] for state in states]
-    assert pools[0]["count"] == pools[1]["count"] == 3
-    torch.testing.assert_close(pools[0]["images"], pools[1]["images"], rtol=0, atol=1e-3)
+        torch.testing.assert_close(states[0][network], states[1][network], rtol=0, atol=1e-5)
+    for domain in ("A", "B"):
+        first, second = (state["pools"][domain] for state in states)
+        assert first["count"] == second["count"] == 3
+        # Single pixels amplify rounding far more than means over pictures do; another picture is off by about 0.5.
+        torch.testing.assert_close(first["images"], second["images"], rtol=0, atol=5e-3)
 
 
 @pytest.mark.slow
