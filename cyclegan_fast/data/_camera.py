@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,8 +12,8 @@ from PIL import Image
 from cyclegan_fast.data._raster import Floats, box_blur
 
 _WIDEST = 20.0  # pixels: a disc of a larger radius is convolved on a coarser grid, so the cost does not grow with it
+_POINT = 0.56  # pixels: a disc of a smaller radius lies within a pixel
 _SAME_DISC = 0.35  # pixels: layers whose discs differ by less are blurred together
-_LUMINANCE = np.array([0.2126, 0.7152, 0.0722], np.float32)
 
 
 @dataclass(frozen=True)
@@ -44,26 +43,48 @@ def dslr(aperture: float) -> Lens:
     return Lens(focal=0.085, aperture=aperture, sensor=0.036)
 
 
-def expose(layers: Sequence[tuple[float, Floats]], lens: Lens, focus: float) -> Floats:
-    """Light on the sensor, linear RGB [3, S, S], from layers (distance in metres, premultiplied RGBA [4, S, S]).
+class Exposure:
+    """Light gathered on a sensor from layers of a scene, added from the farthest to the nearest.
 
-    Layers come farthest first. Each is spread by its own disc, colour and coverage alike, and laid over what is behind
-    it: a sharp flower does not bleed into the blurred background, and a blurred edge in front lets it through.
+    Each layer is spread by the disc of its distance, colour and coverage alike, and laid over what is behind it: a
+    sharp flower does not bleed into the blurred background, and a blurred edge in front lets it through. Neighbouring
+    layers with the same disc are spread together.
     """
-    size = layers[0][1].shape[-1]
-    picture = np.zeros((4, size, size), np.float32)
-    group, group_radius = None, 0.0
-    for depth, rgba in layers:
-        radius = lens.circle_of_confusion(depth, focus) * size / 2
-        if group is not None and (abs(radius - group_radius) < _SAME_DISC or max(radius, group_radius) < 0.56):
-            group = rgba + group * (1 - rgba[3])
-            continue
-        if group is not None:
-            picture = _over(group, group_radius, picture)
-        group, group_radius = rgba, radius
-    if group is not None:
-        picture = _over(group, group_radius, picture)
-    return np.asarray(picture[:3])
+
+    def __init__(self, lens: Lens, focus: float, size: int) -> None:
+        self._lens, self._focus, self._size = lens, focus, size
+        self._picture = np.zeros((4, size, size), np.float32)
+        self._group: Floats | None = None
+        self._radius = 0.0
+
+    def add(self, depth: float, rgba: Floats) -> None:
+        """Add premultiplied linear RGBA [4, S, S] at `depth` metres."""
+        radius = self._lens.circle_of_confusion(depth, self._focus) * self._size / 2
+        alike = abs(radius - self._radius) < _SAME_DISC or max(radius, self._radius) < _POINT
+        if self._group is not None and alike:
+            self._group = rgba + self._group * (1 - rgba[3])
+            return
+        self._flush()
+        self._group, self._radius = rgba, radius
+
+    def light(self) -> Floats:
+        """Linear RGB [3, S, S] of all that was added."""
+        self._flush()
+        return self._picture[:3]
+
+    def _flush(self) -> None:
+        """Lay the group over the picture, in the rows it reaches."""
+        if self._group is None:
+            return
+        rgba, self._group = self._group, None
+        rows = np.flatnonzero(rgba[3].any(axis=1))
+        if not len(rows):
+            return
+        reach = int(np.ceil(self._radius)) + 2
+        part = slice(max(0, int(rows[0]) - reach), int(rows[-1]) + 1 + reach)
+        blurred = disc_blur(rgba[:, part], self._radius)
+        self._picture[:, part] *= 1 - blurred[3]
+        self._picture[:, part] += blurred
 
 
 def _low_pass(light: Floats) -> Floats:
@@ -75,26 +96,13 @@ def _low_pass(light: Floats) -> Floats:
     return light
 
 
-def _over(rgba: Floats, radius: float, behind: Floats) -> Floats:
-    """The layer, spread by its disc, laid over what is behind it."""
-    reach = int(np.ceil(radius)) + 2
-    rows = np.flatnonzero(rgba[3].any(axis=1))
-    if not len(rows):
-        return behind
-    part = slice(max(0, int(rows[0]) - reach), int(rows[-1]) + 1 + reach)
-    blurred = disc_blur(rgba[:, part], radius)
-    behind[:, part] *= 1 - blurred[3]
-    behind[:, part] += blurred
-    return behind
-
-
 def disc_blur(planes: Floats, radius: float) -> Floats:
     """Planes [C, H, W] convolved with a uniform disc of `radius` pixels and sum 1; the border is repeated.
 
     The disc is a stack of rows, each the difference of two entries of a running sum; fractional ends are interpolated,
     so that the disc has a smooth outline at any radius.
     """
-    if radius < 0.56:  # the disc lies within a pixel
+    if radius < _POINT:
         return planes
     factor = int(np.ceil(radius / _WIDEST))
     if factor > 1:
@@ -115,7 +123,7 @@ def disc_blur(planes: Floats, radius: float) -> Floats:
         total += row[:, pad + offset : pad + offset + height]
         if offset:
             total += row[:, pad - offset : pad - offset + height]
-    return total / np.float32(2 * half.sum() * 2 - 2 * half[0])
+    return np.asarray(total / np.float32(4 * half.sum() - 2 * half[0]))
 
 
 def _between(sums: Floats, extent: float, pad: int, width: int) -> Floats:
@@ -140,7 +148,7 @@ def _coarse_disc_blur(planes: Floats, radius: float, factor: int) -> Floats:
     blurred = disc_blur(np.asarray(blocks, np.float32), radius / factor)
     full = (columns * factor, rows * factor)
     smooth = [np.asarray(Image.fromarray(p).resize(full, Image.Resampling.BICUBIC)) for p in blurred]
-    return np.clip(np.stack(smooth)[:, :height, :width], 0, None)
+    return np.asarray(np.clip(np.stack(smooth)[:, :height, :width], 0, None))
 
 
 def develop_phone(light: Floats, gain: float, seed: int) -> npt.NDArray[np.uint8]:
@@ -155,7 +163,7 @@ def develop_phone(light: Floats, gain: float, seed: int) -> npt.NDArray[np.uint8
     blotches = coarse.repeat(3, axis=1).repeat(3, axis=2)[:, :size, :size]
     deviation = np.sqrt(0.0005 * raw + 0.000006)
     raw = np.clip(raw + deviation * (noise + 0.5 * (blotches - blotches.mean(axis=0))), 0, 1)
-    grey = np.tensordot(_LUMINANCE, raw, 1)
+    grey = luminance(raw)
     raw = np.clip(grey + 0.94 * (raw - grey), 0, 1) * np.array([0.97, 1.0, 1.02], np.float32)[:, None, None]
     picture = encode(raw) * 0.97 + 0.03
     return _jpeg(_to_bytes(_sharpen(picture, 0.9)), quality=86)
@@ -170,21 +178,21 @@ def develop_dslr(light: Floats, gain: float, seed: int) -> npt.NDArray[np.uint8]
     raw = raw * (1 - 0.16 * (line[:, None] ** 2 + line[None, :] ** 2))
     raw = raw * (1 + raw / 9) / (1 + 0.55 * raw) * 1.15
     raw = raw + np.sqrt(0.000015 * np.clip(raw, 0, 1)) * rng.standard_normal((3, size, size), dtype=np.float32)
-    grey = np.tensordot(_LUMINANCE, raw, 1)
+    grey = luminance(raw)
     raw = np.clip(grey + 1.06 * (raw - grey), 0, 1)
     picture = encode(raw)
     picture = 0.55 * picture + 0.45 * picture * picture * (3 - 2 * picture)
     picture = _sharpen(picture, 0.4)
-    tone = np.tensordot(_LUMINANCE, picture, 1)
+    tone = luminance(picture)
     warm = np.array([0.025, 0.008, -0.035], np.float32)[:, None, None]
     return _to_bytes(np.clip(picture + warm * (2 * tone - 0.75) * 1.2, 0, 1))
 
 
 def _sharpen(picture: Floats, amount: float) -> Floats:
     """Unsharp mask on the lightness: the halo along edges is as wide as the mask."""
-    lightness = np.tensordot(_LUMINANCE, picture, 1)
+    lightness = luminance(picture)
     radius = max(1, round(picture.shape[-1] / 400))
-    return np.clip(picture + np.float32(amount) * (lightness - box_blur(lightness, radius)), 0, 1)
+    return np.asarray(np.clip(picture + np.float32(amount) * (lightness - box_blur(lightness, radius)), 0, 1))
 
 
 def _metered(light: Floats, brightest: float) -> float:
@@ -193,13 +201,18 @@ def _metered(light: Floats, brightest: float) -> float:
     A tenth of the frame may be brighter than `brightest`: what a large white flower needs.
     """
     step = max(1, light.shape[-1] // 64)
-    luminance = np.tensordot(_LUMINANCE, light[:, ::step, ::step], 1)
-    size = len(luminance)
+    bright = luminance(light[:, ::step, ::step])
+    size = len(bright)
     line = np.exp(-((((np.arange(size) + 0.5) / size - 0.5) / 0.42) ** 2))
     weight = line[:, None] * line[None, :]
-    mean = float(np.exp((np.log(luminance + 0.01) * weight).sum() / weight.sum()))
-    tenth = float(np.sort(luminance, axis=None)[int(0.9 * luminance.size)])
+    mean = float(np.exp((np.log(bright + 0.01) * weight).sum() / weight.sum()))
+    tenth = float(np.sort(bright, axis=None)[int(0.9 * bright.size)])
     return float(np.clip((0.155 / mean) ** 0.8, 0.4, min(2.5, max(0.4, brightest / max(tenth, 1e-3)))))
+
+
+def luminance(rgb: Floats) -> Floats:
+    """Weighted sum [H, W] of the planes of [3, H, W] (BT.709)."""
+    return np.asarray(np.float32(0.2126) * rgb[0] + np.float32(0.7152) * rgb[1] + np.float32(0.0722) * rgb[2])
 
 
 def encode(linear: Floats) -> Floats:

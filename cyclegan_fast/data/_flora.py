@@ -79,7 +79,8 @@ SPECIES: dict[str, Species] = {
     ),
     "tulip": Species(
         (3, 3), (2, 2), (0.55, 0.55), (0.42, 0.5), (1.05, 1.2), 0.12, 0.03, (0.15, 0.5), (0.5, 0.7), (1.0, 1.35),
-        (0.05, 0.06), (*_REDS, *_YELLOWS, *_PURPLES[:2], *_PINKS[:2]), _DARK_CENTRE, veins=(11.0, 0.14, 0.0), blotch=0.6,
+        (0.05, 0.06), (*_REDS, *_YELLOWS, *_PURPLES[:2], *_PINKS[:2]), _DARK_CENTRE, veins=(11.0, 0.14, 0.0),
+        blotch=0.6,
     ),
     "dahlia": Species(
         (12, 15), (4, 6), (0.55, 0.45), (0.16, 0.2), (0.0, 0.15), 0.2, 0.11, (-0.3, 0.5), (0.3, 0.6), (0.0, 0.7),
@@ -118,6 +119,7 @@ def pick(rng: np.random.Generator, codes: Sequence[str], n: int) -> Floats:
 
 
 def pick_codes(rng: np.random.Generator, codes: Sequence[str], n: int) -> list[str]:
+    """n of the colours, as codes."""
     return [codes[int(i)] for i in rng.integers(len(codes), size=n)]
 
 
@@ -126,14 +128,30 @@ def unit_vectors(vectors: Array) -> Floats:
     return np.asarray(vectors / np.linalg.norm(vectors, axis=-1, keepdims=True), np.float32)
 
 
-def make_blades(n: int, **given: object) -> Blades:
+def make_blades(n: int, **given: Any) -> Blades:
     """Blades whose missing arrays are 0; scalars and single rows are repeated n times."""
-    filled: dict[str, object] = dict.fromkeys(("elevation", "curl", "cup", "sway", "phase"), 0.0) | given
+    filled: dict[str, Any] = dict.fromkeys(("elevation", "curl", "cup", "sway", "phase"), 0.0) | given
     for name, columns in _BLADE_COLUMNS.items():
         array = np.empty((n, columns) if columns else n, np.float32)
         array[...] = filled[name]
         filled[name] = array
-    return Blades(**filled)  # type: ignore[arg-type]
+    return Blades(**filled)
+
+
+@dataclass(frozen=True)
+class _Head:
+    """Where a flower head is: its middle, the unit vector it faces, two axes across it [2, 3], and its radii."""
+
+    middle: Floats
+    facing: Floats
+    axes: Floats
+    radius: float
+    disc: float
+    closed: float
+
+    def around(self, azimuth: Array) -> Floats:
+        """Unit vectors [n, 3] away from the middle."""
+        return np.asarray(np.cos(azimuth)[:, None] * self.axes[0] + np.sin(azimuth)[:, None] * self.axes[1], np.float32)
 
 
 def flower_head(
@@ -149,35 +167,17 @@ def flower_head(
     facing = unit_vectors(np.array([np.sin(yaw) * np.cos(pitch), -np.sin(pitch), np.cos(yaw) * np.cos(pitch)]))
     right = unit_vectors(np.cross([0.0, 1.0, 0.0], facing))
     axes = np.stack([right, np.cross(facing, right)])
-    middle = np.asarray(centre, np.float32)
     disc = float(rng.uniform(*species.disc)) * radius
-    petals = _petals(rng, species, palette, middle, facing, axes, radius, disc, closed)
-    parts: list[Blades | Blobs] = [petals]
-    if pitch > 0.5 or closed > 0.5:
-        parts.append(
-            _sepals(rng, middle - 0.03 * radius * facing, facing, axes, radius * (0.34 + 0.4 * closed), closed)
-        )
+    head = _Head(np.asarray(centre, np.float32), facing, axes, radius, disc, closed)
+    parts: list[Blades | Blobs] = [_petals(rng, species, palette, head)]
+    if pitch > 0.5 or closed > 0.5:  # seen from the side
+        parts.append(_sepals(rng, head))
     if closed < 0.5:
-        parts += _disc(rng, species, middle, facing, axes, radius, disc)
+        parts += _disc(rng, species, head)
     return parts
 
 
-def _around(azimuth: Array, axes: Floats) -> Floats:
-    """Unit vectors [n, 3] in the plane of two axes."""
-    return np.asarray(np.cos(azimuth)[:, None] * axes[0] + np.sin(azimuth)[:, None] * axes[1], np.float32)
-
-
-def _petals(
-    rng: np.random.Generator,
-    species: Species,
-    palette: int,
-    middle: Floats,
-    facing: Floats,
-    axes: Floats,
-    radius: float,
-    disc: float,
-    closed: float,
-) -> Blades:
+def _petals(rng: np.random.Generator, species: Species, palette: int, head: _Head) -> Blades:
     count = int(rng.integers(species.petals[0], species.petals[1] + 1))
     whorls = int(rng.integers(species.whorls[0], species.whorls[1] + 1))
     whorl = np.repeat(np.arange(whorls), count).astype(np.float32)
@@ -185,41 +185,26 @@ def _petals(
     step = 2 * np.pi / count
     turn = rng.uniform(0, 2 * np.pi)
     azimuth = turn + np.tile(np.arange(count), whorls) * step + whorl * step * 0.5 + rng.normal(0, 0.06 * step, n)
-    out = _around(azimuth, axes)
+    out = head.around(azimuth)
     elevation = rng.uniform(*species.elevation) + species.rise * whorl + rng.normal(0, 0.06, n)
-    elevation = elevation * (1 - closed) + 1.35 * closed
     size = 1 - species.shrink * whorl
     # Petals of the middle of a full flower stand on a smaller circle.
-    base = middle + out * (disc * 0.75 * size**2)[:, None] + facing * (0.04 * radius * whorl)[:, None]
+    start = head.disc * 0.75
+    base = head.middle + out * (start * size**2)[:, None] + head.facing * (0.04 * head.radius * whorl)[:, None]
     inner, outer, edge = linear(*species.colours[palette])
     tone = rng.normal(1, 0.07, (n, 1))
-    length = (radius - disc * 0.75) * size * rng.normal(1, 0.05, n)
+    length = (head.radius - start) * size * rng.normal(1, 0.05, n)
     cup = rng.uniform(*species.cup) + rng.normal(0, 0.06, n)
-    curl = rng.uniform(*species.curl) + rng.normal(0, 0.12, n) + 0.35 * np.maximum(0, species.rise) * whorl
+    curl = rng.uniform(*species.curl) + rng.normal(0, 0.12, n) + 0.35 * max(0.0, species.rise) * whorl
+    closed, opened = head.closed, 1 - head.closed
     return make_blades(
-        n,
-        base=base,
-        out=out,
-        normal=facing,
-        length=length,
-        width=length * rng.uniform(*species.width) * (1 - 0.45 * closed),
-        elevation=elevation,
-        curl=curl * (1 - closed) + 0.5 * closed,
-        cup=cup * (1 - closed) + 0.7 * closed,
-        sway=rng.normal(0, 0.05, n),
-        phase=rng.uniform(0, 6.28, n),
-        inner=inner * tone,
-        outer=outer * tone,
-        edge=edge * tone,
-        outline=species.outline,
-        twist=species.twist,
-        ruffle=species.ruffle,
-        notch=species.notch,
-        veins=species.veins,
-        blotch=species.blotch,
-        gloss=0.12,
-        through=0.45,
-    )
+        n, base=base, out=out, normal=head.facing, length=length,
+        width=length * rng.uniform(*species.width) * (1 - 0.45 * closed), elevation=elevation * opened + 1.35 * closed,
+        curl=curl * opened + 0.5 * closed, cup=cup * opened + 0.7 * closed, sway=rng.normal(0, 0.05, n),
+        phase=rng.uniform(0, 6.28, n), inner=inner * tone, outer=outer * tone, edge=edge * tone,
+        outline=species.outline, twist=species.twist, ruffle=species.ruffle, notch=species.notch, veins=species.veins,
+        blotch=species.blotch, gloss=0.12, through=0.45,
+    )  # fmt: skip
 
 
 def _sepals(
@@ -247,9 +232,7 @@ def _disc(
     centre = middle + disc * (where[:, None] * _around(azimuth, axes) + dome[:, None] * facing)
     tone = rng.normal(1, 0.12, (n, 1)) * (0.55 + 0.6 * order[:, None])
     colour = (high + (low - high) * np.exp(-(((order - 0.55) / 0.25) ** 2))[:, None] * 0.8) * tone
-    seeds = Blobs(
-        *_float32(centre, 1.25 * disc / np.sqrt(n) * np.ones(n), np.clip(colour, 0, 1), np.zeros(n)), gloss=0.25
-    )
+    seeds = make_blobs(centre, np.full(n, 1.25 * disc / np.sqrt(n)), colour, gloss=0.25)
     parts: list[Blades | Blobs] = [seeds]
     count = int(rng.integers(species.stamens[0], species.stamens[1] + 1))
     if count:
@@ -266,7 +249,7 @@ def _disc(
         tip = base + (np.cos(angle) * length)[:, None] * out + (np.sin(angle) * length)[:, None] * facing
         size = radius * (0.024 if count > 8 else 0.03) * rng.uniform(0.8, 1.3, count)
         anther = (low if count <= 8 else high) * rng.uniform(0.6, 1.2, (count, 1))
-        parts.append(Blobs(*_float32(tip, size, np.clip(anther, 0, 1), np.zeros(count))))
+        parts.append(make_blobs(tip, size, anther))
     return parts
 
 
@@ -309,9 +292,10 @@ def leafy_stem(rng: np.random.Generator, head: Sequence[float], radius: float, l
     size = radius * rng.uniform(0.8, 1.5, leaves)
     colour = green * rng.uniform(0.7, 1.2, (leaves, 1))
     blades = make_blades(
-        leaves, base=base, out=out, normal=normal, length=size, width=size * rng.uniform(0.16, 0.3, leaves), elevation=0.3,
-        curl=rng.uniform(-1.3, -0.4, leaves), cup=0.35, phase=rng.uniform(0, 6.28, leaves), inner=colour, outer=colour,
-        edge=colour * 1.1, outline=(0.5, 0.85), ruffle=0.12, veins=(11.0, 0.16, 1.0), gloss=0.2,
+        leaves, base=base, out=out, normal=normal, length=size, width=size * rng.uniform(0.16, 0.3, leaves),
+        elevation=0.3, curl=rng.uniform(-1.3, -0.4, leaves), cup=0.35, phase=rng.uniform(0, 6.28, leaves),
+        inner=colour, outer=colour, edge=colour * 1.1, outline=(0.5, 0.85), ruffle=0.12, veins=(11.0, 0.16, 1.0),
+        gloss=0.2,
     )  # fmt: skip
     return [stem, blades]
 
@@ -328,8 +312,8 @@ def hanging_leaves(
     length = rng.uniform(*size, n)
     return make_blades(
         n, base=base, out=out, normal=normal, length=length, width=length * rng.uniform(*wide),
-        curl=rng.normal(-0.5, 0.4, n), cup=rng.uniform(0.1, 0.6), phase=rng.uniform(0, 6.28, n), inner=colour, outer=colour,
-        edge=colour * 1.12, outline=(0.5, 0.8), veins=(9.0, 0.18, 1.0), gloss=0.22,
+        curl=rng.normal(-0.5, 0.4, n), cup=rng.uniform(0.1, 0.6), phase=rng.uniform(0, 6.28, n),
+        inner=colour, outer=colour, edge=colour * 1.12, outline=(0.5, 0.8), veins=(9.0, 0.18, 1.0), gloss=0.22,
     )  # fmt: skip
 
 
@@ -366,7 +350,7 @@ def lamps(rng: np.random.Generator, n: int, rows: Range, glow: Range, colour: Fl
     centre = np.stack([rng.uniform(0, 1, n), rng.uniform(*rows, n), rng.uniform(0.1, 0.15, n)], 1)
     tint = colour * rng.uniform(0.75, 1.0, (n, 3))
     strength = np.exp(rng.uniform(np.log(glow[0]), np.log(glow[1]), n))
-    return Blobs(*_float32(centre, rng.uniform(*size, n), tint, strength))
+    return make_blobs(centre, rng.uniform(*size, n), tint, strength)
 
 
 def far_flowers(rng: np.random.Generator, n: int, rows: Range, size: Range) -> tuple[Blades, Blobs]:
@@ -386,4 +370,4 @@ def far_flowers(rng: np.random.Generator, n: int, rows: Range, size: Range) -> t
         length=radius.repeat(6), width=0.4 * radius.repeat(6), elevation=0.3, inner=colour, outer=colour,
         edge=np.minimum(1, 1.2 * colour), outline=(0.6, 0.3), through=0.5,
     )  # fmt: skip
-    return petals, Blobs(*_float32(centre, 0.25 * radius, linear("#c99a1c").repeat(n, axis=0), np.zeros(n)))
+    return petals, make_blobs(centre, 0.25 * radius, linear("#c99a1c"))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -111,9 +111,9 @@ class Blades:
     def grid(self, side: int, extent: tuple[Floats, Floats]) -> tuple[Floats, Floats]:
         """Samples (t, v) that leave no hole at `side` pixels a frame."""
         rows, columns = (int(float(size.max()) * side * _SAMPLES_PER_PIXEL) + 2 for size in extent)
-        t = (np.arange(rows, dtype=np.float32) + 0.5) / rows
-        v = (2 * (np.arange(columns, dtype=np.float32) + 0.5) / columns - 1).astype(np.float32)
-        return t, v
+        t = np.asarray((np.arange(rows, dtype=np.float32) + 0.5) / rows, np.float32)
+        v = 2 * (np.arange(columns, dtype=np.float32) + 0.5) / columns - 1
+        return t, np.asarray(v, np.float32)
 
     def points(self, t: Floats, v: Floats) -> Floats:
         """x, y, z of every sample: [n, 3, len(t) len(v)]."""
@@ -193,7 +193,7 @@ class Blades:
         pattern = 1 - strength * fourth * (1 - 0.6 * t)
         if slant:  # a leaf has a pale midrib
             pattern = pattern * 0.9 + 0.4 * np.clip(1 - np.abs(v) / 0.1, 0, 1)
-        return pattern, 0.6 * strength * line * np.sin(wave)
+        return pattern, np.asarray(0.6 * strength * line * np.sin(wave), np.float32)
 
     def _colour(self, which: Ints, t: Floats, v: Floats, pattern: Floats) -> Floats:
         """Linear RGB [3, m] of the blade itself."""
@@ -205,7 +205,7 @@ class Blades:
         colour = self.inner.T.take(which, axis=1) * inner
         colour += self.outer.T.take(which, axis=1) * outer
         colour += self.edge.T.take(which, axis=1) * edge
-        return colour
+        return np.asarray(colour)
 
 
 def merged(items: Sequence[Blades | Blobs]) -> list[Blades | Blobs]:
@@ -221,7 +221,8 @@ def _concatenated(items: list[Blades | Blobs]) -> Blades | Blobs:
     if len(items) == 1:
         return items[0]
     names = [f.name for f in fields(items[0]) if f.type == "Floats"]
-    return replace(items[0], **{name: np.concatenate([getattr(item, name) for item in items]) for name in names})
+    arrays: dict[str, Any] = {name: np.concatenate([getattr(item, name) for item in items]) for name in names}
+    return replace(items[0], **arrays)
 
 
 @dataclass(frozen=True)
@@ -249,7 +250,7 @@ class Blobs:
     def grid(self, side: int, extent: tuple[Floats, Floats]) -> tuple[Floats, Floats]:
         """Samples (u, v) of the unit disc, without holes at `side` pixels a frame."""
         count = int(float(extent[0].max()) * side * _SAMPLES_PER_PIXEL) + 2
-        line = 2 * (np.arange(count, dtype=np.float32) + 0.5) / count - 1
+        line = np.asarray(2 * (np.arange(count, dtype=np.float32) + 0.5) / count - 1, np.float32)
         u, v = np.meshgrid(line, line)
         inside = u * u + v * v <= 1.02
         return u[inside], v[inside]
@@ -257,7 +258,7 @@ class Blobs:
     def points(self, u: Floats, v: Floats) -> Floats:
         """x, y, z of every sample: [n, 3, len(u)]."""
         unit = np.stack([u, v, np.sqrt(np.clip(1 - u * u - v * v, 0, 1))])
-        return self.centre[:, :, None] + self.radius[:, None, None] * unit
+        return np.asarray(self.centre[:, :, None] + self.radius[:, None, None] * unit)
 
     def shade(self, which: Ints, u: Floats, v: Floats, light: Light) -> Floats:
         """Linear RGB [3, m] of m samples."""

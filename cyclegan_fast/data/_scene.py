@@ -79,18 +79,19 @@ def draw_scene(rng: np.random.Generator) -> Scene:
     )
 
 
-def rasterise(scene: Scene, size: int) -> list[tuple[float, Floats, Floats]]:
-    """The layers of a scene, farthest first: (distance in metres, premultiplied linear RGBA [4, S, S], distance [S, S]).
+def rasterise(scene: Scene, size: int) -> Iterator[tuple[float, Floats, Floats]]:
+    """The layers of a scene, farthest first: distance (metres), premultiplied linear RGBA [4, S, S], distance [S, S].
 
     The distance of a pixel is infinite where its layer is empty.
     """
-    return [(layer.depth, *_rasterise_layer(layer, scene, size)) for layer in scene.layers]
+    for layer in scene.layers:
+        yield (layer.depth, *_rasterise_layer(layer, scene, size))
 
 
 def _rasterise_layer(layer: Layer, scene: Scene, size: int) -> tuple[Floats, Floats]:
-    near = layer.depth < 1.6 * scene.focus
-    # Two samples a pixel each way; small pictures do without behind the flower, very large ones everywhere.
-    factor = 1 if size > 1024 or (64 < size < 192 and not near) else 2
+    main = abs(layer.depth - scene.focus) < 0.1 * scene.focus
+    # Two samples a pixel each way; small pictures do without except on the flower, very large ones everywhere.
+    factor = 1 if size > 1024 or (64 < size < 192 and not main) else 2
     canvas = Canvas(size * factor)
     textures = [item for item in layer.items if isinstance(item, Texture)]
     pieces = [item for item in layer.items if not isinstance(item, Texture)]
@@ -177,7 +178,8 @@ def _skylight(rng: np.random.Generator, clouds: float = 1.0) -> Layer:
     zenith = np.array([0.42, 0.8, 1.45]) * (1 - 0.55 * blue) + np.array([0.04, 0.05, 0.0])
     horizon = np.array([1.15, 1.3, 1.45])
     cloud = np.array([1.9, 1.9, 1.95]) * rng.uniform(0.8, 1.1)
-    return Layer(200.0, (Texture("sky", _float32(zenith, horizon, cloud), int(rng.integers(2**31)), 0.0, clouds),))
+    colours = tuple(np.asarray(colour, np.float32) for colour in (zenith, horizon, cloud))
+    return Layer(200.0, (Texture("sky", colours, int(rng.integers(2**31)), 0.0, clouds),))
 
 
 def _meadow(rng: np.random.Generator, focus: float) -> list[Layer]:

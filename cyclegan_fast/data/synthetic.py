@@ -33,7 +33,7 @@ import numpy.typing as npt
 from PIL import Image
 from tqdm import tqdm
 
-from cyclegan_fast.data._camera import PHONE, develop_dslr, develop_phone, dslr, expose
+from cyclegan_fast.data._camera import PHONE, Exposure, develop_dslr, develop_phone, dslr
 from cyclegan_fast.data._raster import Floats
 from cyclegan_fast.data._scene import Scene, draw_scene, rasterise
 from cyclegan_fast.data.folder import SPLITS, DataError
@@ -53,13 +53,13 @@ def scene(seed: int, index: int) -> Scene:
 
 
 def render_phone(what: Scene, size: int) -> Picture:
-    """The scene as a phone renders it, uint8 sRGB [size, size, 3] (domain A)."""
-    return _phone(what, _drawn(what, size))
+    """The scene as a phone renders it, uint8 sRGB [size, size, 3] (domain A). Raises ValueError as `render_pair`."""
+    return _render(what, size, "A")[0]
 
 
 def render_dslr(what: Scene, size: int) -> Picture:
     """The scene as a DSLR renders it, focused on the main flower, uint8 sRGB [size, size, 3] (domain B)."""
-    return _dslr(what, _drawn(what, size))
+    return _render(what, size, "B")[0]
 
 
 def render_pair(seed: int, index: int, size: int) -> tuple[Picture, Picture, Floats]:
@@ -68,31 +68,25 @@ def render_pair(seed: int, index: int, size: int) -> tuple[Picture, Picture, Flo
     The pictures are uint8 sRGB [size, size, 3]; depth is float32 [size, size], the distance in metres of the nearest
     surface. Raises ValueError for a size outside 16..4096.
     """
-    what = scene(seed, index)
-    layers = _drawn(what, size)
     depth = np.full((size, size), np.inf, np.float32)
-    for _, _, distance in layers:
-        depth = np.minimum(depth, distance)
-    return _phone(what, layers), _dslr(what, layers), depth
+    phone, reflex = _render(scene(seed, index), size, "AB", depth)
+    return phone, reflex, depth
 
 
-_Layers: TypeAlias = list[tuple[float, Floats, Floats]]
-
-
-def _drawn(what: Scene, size: int) -> _Layers:
+def _render(what: Scene, size: int, domains: str, depth: Floats | None = None) -> list[Picture]:
+    """A picture for each of the domains; distances are written into `depth`. Layers are drawn once and not kept."""
     if not 16 <= size <= 4096:
         raise ValueError(f"size = {size} is not allowed: a picture is 16 to 4096 pixels wide")
-    return rasterise(what, size)
-
-
-def _phone(what: Scene, layers: _Layers) -> Picture:
-    light = expose([(depth, rgba) for depth, rgba, _ in layers], PHONE, what.focus)
-    return develop_phone(light, float(what.exposure[0]), what.develop_seed)
-
-
-def _dslr(what: Scene, layers: _Layers) -> Picture:
-    light = expose([(depth, rgba) for depth, rgba, _ in layers], dslr(what.aperture), what.focus)
-    return develop_dslr(light, float(what.exposure[1]), what.develop_seed)
+    lenses = {"A": PHONE, "B": dslr(what.aperture)}
+    exposures = {domain: Exposure(lenses[domain], what.focus, size) for domain in domains}
+    for distance, rgba, distances in rasterise(what, size):
+        for exposure in exposures.values():
+            exposure.add(distance, rgba)
+        if depth is not None:
+            np.minimum(depth, distances, out=depth)
+    develop = {"A": develop_phone, "B": develop_dslr}
+    gain = dict(zip("AB", what.exposure.tolist(), strict=True))
+    return [develop[d](exposures[d].light(), gain[d], what.develop_seed) for d in domains]
 
 
 @dataclass(frozen=True)
@@ -269,9 +263,7 @@ def _in_processes(render: partial[None], jobs: list[tuple[str, int]], workers: i
 def _render_job(folder: str, seed: int, size: int, job: tuple[str, int]) -> None:
     """Render one scene of a split, and its truth when the split has one."""
     split, index = job
-    what = scene(seed, index)
-    layers = _drawn(what, size)
-    for name in (split, _TRUTH.get(split)):
-        if name is not None:
-            picture = _phone(what, layers) if name.endswith("A") else _dslr(what, layers)
-            Image.fromarray(picture).save(_picture_path(Path(folder), name, index), "JPEG", quality=95, subsampling=0)
+    names = [name for name in (split, _TRUTH.get(split)) if name is not None]
+    pictures = _render(scene(seed, index), size, "".join(name[-1] for name in names))
+    for name, picture in zip(names, pictures, strict=True):
+        Image.fromarray(picture).save(_picture_path(Path(folder), name, index), "JPEG", quality=95, subsampling=0)

@@ -53,7 +53,14 @@ def test_two_processes_are_one_with_twice_the_batch(tiny: Tiny, overrides: tuple
     the whole, which shows in gradient norms and, times the learning rate, in weights.
     """
     sizes = ("data.load_size=54", "data.crop_size=48")
-    common = ("training.steps=5", "monitor.log_every=1", "training.adam_eps=1e-2", "training.lr=2e-5", *sizes, *overrides)
+    common = (
+        "training.steps=5",
+        "monitor.log_every=1",
+        "training.adam_eps=1e-2",
+        "training.lr=2e-5",
+        *sizes,
+        *overrides,
+    )
     one = train(tiny("one", "training.batch=2", *common))
     two = tiny("two", "training.batch=1", *common)
     finish(launch(two))
