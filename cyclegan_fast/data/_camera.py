@@ -147,7 +147,7 @@ def _coarse_disc_blur(planes: Floats, radius: float, factor: int) -> Floats:
     blocks = np.pad(planes, grow, mode="edge").reshape(channels, rows, factor, columns, factor).mean(axis=(2, 4))
     blurred = disc_blur(np.asarray(blocks, np.float32), radius / factor)
     full = (columns * factor, rows * factor)
-    smooth = [np.asarray(Image.fromarray(p).resize(full, Image.Resampling.BICUBIC)) for p in blurred]
+    smooth = [np.asarray(Image.fromarray(p).resize(full, Image.Resampling.BILINEAR)) for p in blurred]
     return np.asarray(np.clip(np.stack(smooth)[:, :height, :width], 0, None))
 
 

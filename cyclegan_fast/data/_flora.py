@@ -59,8 +59,8 @@ SPECIES: dict[str, Species] = {
         (0.24, 0.33), (*_WHITES, *_PINKS, *_YELLOWS[:1]), _YELLOW_CENTRE, veins=(3.0, 0.15, 0.0), twist=0.1,
     ),
     "cosmos": Species(
-        (8, 8), (1, 1), (0.75, 0.30), (0.36, 0.44), (0.0, 0.3), 0.0, 0.0, (-0.4, 0.2), (-0.15, 0.25), (0.1, 0.8),
-        (0.16, 0.22), (*_PINKS, *_PURPLES[:1], *_WHITES), _YELLOW_CENTRE, notch=(0.07, 4.0), veins=(9.0, 0.18, 0.0),
+        (8, 8), (1, 1), (0.75, 0.14), (0.36, 0.44), (0.0, 0.3), 0.0, 0.0, (-0.4, 0.2), (-0.15, 0.25), (0.1, 0.8),
+        (0.16, 0.22), (*_PINKS, *_PURPLES[:1], *_WHITES), _YELLOW_CENTRE, notch=(0.035, 3.0), veins=(9.0, 0.18, 0.0),
     ),
     "poppy": Species(
         (4, 6), (1, 2), (0.55, 0.28), (0.62, 0.8), (0.35, 0.8), 0.3, 0.12, (-0.3, 0.5), (0.25, 0.5), (0.3, 1.1),
@@ -207,50 +207,48 @@ def _petals(rng: np.random.Generator, species: Species, palette: int, head: _Hea
     )  # fmt: skip
 
 
-def _sepals(
-    rng: np.random.Generator, middle: Floats, facing: Floats, axes: Floats, length: float, closed: float
-) -> Blades:
-    out = _around(np.arange(5) * 1.2566 + rng.uniform(0, 6.28), axes)
+def _sepals(rng: np.random.Generator, head: _Head) -> Blades:
+    length = head.radius * (0.34 + 0.4 * head.closed)
     green = pick(rng, GREENS, 5)
-    elevation = -0.25 if closed < 0.5 else 1.25
     return make_blades(
-        5, base=middle, out=out, normal=facing, length=length, width=length * 0.22, elevation=elevation, curl=0.3,
-        cup=0.5, inner=green * 0.8, outer=green, edge=green * 1.2, outline=(0.4, 0.9), veins=(3.0, 0.2, 0.0),
+        5, base=head.middle - 0.03 * head.radius * head.facing, normal=head.facing,
+        out=head.around(np.arange(5) * 1.2566 + rng.uniform(0, 6.28)), length=length, width=length * 0.22,
+        elevation=-0.25 if head.closed < 0.5 else 1.25, curl=0.3, cup=0.5, inner=green * 0.8, outer=green,
+        edge=green * 1.2, outline=(0.4, 0.9), veins=(3.0, 0.2, 0.0),
     )  # fmt: skip
 
 
-def _disc(
-    rng: np.random.Generator, species: Species, middle: Floats, facing: Floats, axes: Floats, radius: float, disc: float
-) -> list[Blades | Blobs]:
+def _disc(rng: np.random.Generator, species: Species, head: _Head) -> list[Blades | Blobs]:
     """Seeds on a dome in the order of a sunflower (golden angle), and stamens with their anthers."""
     low, high = linear(*species.centre[int(rng.integers(len(species.centre)))])
-    n = int(np.clip(900 * disc, 24, 260))
+    n = int(np.clip(900 * head.disc, 24, 260))
     order = (np.arange(n) + 0.5) / n
-    azimuth = 2.39996 * np.arange(n)
-    where = np.sqrt(order)
+    across = head.around(2.39996 * np.arange(n)) * np.sqrt(order)[:, None]
     dome = 0.32 * (1 - order) + 0.22
-    centre = middle + disc * (where[:, None] * _around(azimuth, axes) + dome[:, None] * facing)
     tone = rng.normal(1, 0.12, (n, 1)) * (0.55 + 0.6 * order[:, None])
     colour = (high + (low - high) * np.exp(-(((order - 0.55) / 0.25) ** 2))[:, None] * 0.8) * tone
-    seeds = make_blobs(centre, np.full(n, 1.25 * disc / np.sqrt(n)), colour, gloss=0.25)
-    parts: list[Blades | Blobs] = [seeds]
+    centre = head.middle + head.disc * (across + dome[:, None] * head.facing)
+    seeds = make_blobs(centre, np.full(n, 1.25 * head.disc / np.sqrt(n)), colour, gloss=0.25)
     count = int(rng.integers(species.stamens[0], species.stamens[1] + 1))
-    if count:
-        out = _around(rng.uniform(0, 6.28, count) if count > 8 else np.arange(count) * 6.2832 / count, axes)
-        angle = rng.uniform(0.5, 1.3, count) if count > 8 else rng.normal(0.95, 0.08, count)
-        length = species.stamen_length * radius * rng.uniform(0.75, 1.05, count)
-        base = middle + disc * 0.6 * out + facing * 0.2 * disc
-        parts.append(
-            make_blades(
-                count, base=base, out=out, normal=facing, length=length, width=0.011 * radius, elevation=angle,
-                inner=high, outer=high, edge=high, outline=(0.0, 0.0),
-            )
-        )  # fmt: skip
-        tip = base + (np.cos(angle) * length)[:, None] * out + (np.sin(angle) * length)[:, None] * facing
-        size = radius * (0.024 if count > 8 else 0.03) * rng.uniform(0.8, 1.3, count)
-        anther = (low if count <= 8 else high) * rng.uniform(0.6, 1.2, (count, 1))
-        parts.append(make_blobs(tip, size, anther))
-    return parts
+    return [seeds, *(_stamens(rng, species, head, count, low, high) if count else ())]
+
+
+def _stamens(
+    rng: np.random.Generator, species: Species, head: _Head, count: int, dark: Floats, bright: Floats
+) -> tuple[Blades, Blobs]:
+    """A few long stamens in a regular ring, or many short ones at random; on each an anther."""
+    many = count > 8
+    out = head.around(rng.uniform(0, 6.28, count) if many else np.arange(count) * 6.2832 / count)
+    angle = rng.uniform(0.5, 1.3, count) if many else rng.normal(0.95, 0.08, count)
+    length = species.stamen_length * head.radius * rng.uniform(0.75, 1.05, count)
+    base = head.middle + head.disc * (0.6 * out + 0.2 * head.facing)
+    threads = make_blades(
+        count, base=base, out=out, normal=head.facing, length=length, width=0.011 * head.radius, elevation=angle,
+        inner=bright, outer=bright, edge=bright, outline=(0.0, 0.0),
+    )  # fmt: skip
+    tip = base + (np.cos(angle) * length)[:, None] * out + (np.sin(angle) * length)[:, None] * head.facing
+    size = head.radius * (0.024 if many else 0.03) * rng.uniform(0.8, 1.3, count)
+    return threads, make_blobs(tip, size, (bright if many else dark) * rng.uniform(0.6, 1.2, (count, 1)))
 
 
 def make_blobs(centre: Array, radius: Array, colour: Array, glow: Array | float = 0.0, gloss: float = 0.15) -> Blobs:

@@ -104,14 +104,17 @@ class Blades:
         upright = np.sqrt(((cosine * normal - sine * out) ** 2).sum(axis=1)).max(axis=1)
         steep = 1.4 * np.abs(self.cup) + abs(self.twist) + self.ruffle
         across = np.sqrt((self.side[:, :2] ** 2).sum(axis=1)) + steep * upright
-        return self.length * np.minimum(1.1, along + 0.1 + self.ruffle + self.notch[0]), 2 * self.width * np.minimum(
-            1.3, across + 0.1
-        )
+        # Where the blade widens or narrows, its lifted edges climb along it.
+        along = along + 0.6 * steep * upright * (self.width / self.length) + self.ruffle + self.notch[0]
+        return self.length * np.minimum(1.3, along + 0.1), 2 * self.width * np.minimum(1.3, across + 0.1)
 
     def grid(self, side: int, extent: tuple[Floats, Floats]) -> tuple[Floats, Floats]:
         """Samples (t, v) that leave no hole at `side` pixels a frame."""
         rows, columns = (int(float(size.max()) * side * _SAMPLES_PER_PIXEL) + 2 for size in extent)
         t = np.asarray((np.arange(rows, dtype=np.float32) + 0.5) / rows, np.float32)
+        if self.outline[1] < 0.5:  # a blunt tip narrows within a pixel: there the edge needs rows of its own
+            tip = 1 - np.geomspace(0.02, 6, min(24, rows // 4), dtype=np.float32) / rows
+            t = np.concatenate([t, tip])
         v = 2 * (np.arange(columns, dtype=np.float32) + 0.5) / columns - 1
         return t, np.asarray(v, np.float32)
 
@@ -274,55 +277,90 @@ class Blobs:
         return colour
 
 
+@dataclass(frozen=True)
+class _Drawn:
+    """Surfaces that have been put on a canvas, and the grid they were sampled on."""
+
+    items: Blades | Blobs
+    first: Floats
+    second: Floats
+
+    @property
+    def samples(self) -> int:
+        """Points of one surface."""
+        return len(self.first) if isinstance(self.items, Blobs) else len(self.first) * len(self.second)
+
+    def shade(self, points: Ints, light: Light) -> Floats:
+        """Linear RGB [3, m] of points, counted surface by surface."""
+        which = points // self.samples
+        rest = points - which * self.samples
+        if isinstance(self.items, Blobs):
+            return self.items.shade(which, self.first.take(rest), self.second.take(rest), light)
+        row = rest // len(self.second)
+        return self.items.shade(which, self.first.take(row), self.second.take(rest - row * len(self.second)), light)
+
+
 class Canvas:
-    """A square layer being drawn: linear RGB and z of the nearest surface (-inf: none), `side` pixels a frame."""
+    """A square layer being drawn, `side` pixels a frame: z of the nearest surface (-inf: none), then linear RGB.
+
+    Surfaces are put in first; only what of them is seen in the end is shaded.
+    """
 
     def __init__(self, side: int) -> None:
         self.side = side
         self.rgb = np.zeros((3, side * side), np.float32)
         self.z = np.full(side * side, -np.inf, np.float32)
+        self._drawn: list[_Drawn] = []
+        self._source = np.zeros(side * side, np.uint16)  # of each pixel: 1 + which of _drawn
+        self._point = np.empty(side * side, np.int32)  # and which of its points
         self._rows = [side, 0]  # first and last + 1 that anything was drawn in
 
-    def draw(self, items: Blades | Blobs, light: Light) -> None:
-        """Draw what is nearer than what is there."""
+    def draw(self, items: Blades | Blobs) -> None:
+        """Put in what is nearer than what is there."""
         if not len(items):
             return
         extent = items.extent()
         area = extent[0] * extent[1]
         if len(items) * float(area.max()) * self.side**2 < _FEW:
-            self._draw_alike(items, extent, light)
+            self._draw_alike(items, extent)
             return
         # Surfaces are sampled alike within a factor of two of area: small petals need not what large ones do.
         octave = np.log2(np.maximum(area, 1e-6 * area.max())).astype(np.int32)
         for value in np.unique(octave):
             rows = octave == value
-            self._draw_alike(items.take(rows), (extent[0][rows], extent[1][rows]), light)
+            self._draw_alike(items.take(rows), (extent[0][rows], extent[1][rows]))
 
-    def _draw_alike(self, items: Blades | Blobs, extent: tuple[Floats, Floats], light: Light) -> None:
-        first, second = items.grid(self.side, extent)
-        per_item = len(first) if isinstance(items, Blobs) else len(first) * len(second)
-        step = max(1, _CHUNK // per_item)
+    def _draw_alike(self, items: Blades | Blobs, extent: tuple[Floats, Floats]) -> None:
+        grid = items.grid(self.side, extent)
+        step = max(1, _CHUNK // _Drawn(items, *grid).samples)
         for start in range(0, len(items), step):
-            self._draw(items.take(slice(start, start + step)), first, second, per_item, light)
+            self._put(_Drawn(items.take(slice(start, start + step)), *grid))
 
-    def _draw(self, items: Blades | Blobs, first: Floats, second: Floats, per_item: int, light: Light) -> None:
-        pixels, points, z = self._nearest(items.points(first, second))
+    def _put(self, drawn: _Drawn) -> None:
+        pixels, points, z = self._nearest(drawn.items.points(drawn.first, drawn.second))
         nearer = np.flatnonzero(z > self.z.take(pixels))
-        pixels, points, z = pixels.take(nearer), points.take(nearer), z.take(nearer)
-        if not len(pixels):
+        if not len(nearer):
             return
-        which = points // per_item
-        rest = points - which * per_item
-        if isinstance(items, Blobs):
-            colour = items.shade(which, first.take(rest), second.take(rest), light)
-        else:
-            row = rest // len(second)
-            colour = items.shade(which, first.take(row), second.take(rest - row * len(second)), light)
-        for c in range(3):
-            self.rgb[c, pixels] = colour[c]
-        self.z[pixels] = z
+        pixels = pixels.take(nearer)
+        self._drawn.append(drawn)
+        self._source[pixels] = len(self._drawn)
+        self._point[pixels] = points.take(nearer)
+        self.z[pixels] = z.take(nearer)
         top, bottom = int(pixels[0]) // self.side, int(pixels[-1]) // self.side + 1
         self._rows = [min(self._rows[0], top), max(self._rows[1], bottom)]
+
+    def shade(self, light: Light) -> None:
+        """Colour what is seen."""
+        pixels = np.flatnonzero(self._source)
+        source = self._source.take(pixels)
+        pixels = pixels.take(np.argsort(source, kind="stable"))
+        ends = np.cumsum(np.bincount(source, minlength=len(self._drawn) + 1))
+        for k, drawn in enumerate(self._drawn):
+            seen = pixels[ends[k] : ends[k + 1]]
+            if len(seen):
+                colour = drawn.shade(self._point.take(seen).astype(np.intp), light)
+                for c in range(3):
+                    self.rgb[c, seen] = colour[c]
 
     def _nearest(self, points: Floats) -> tuple[Ints, Ints, Floats]:
         """Pixels hit by any of the points [n, 3, K] in rising order, and the index and z of the nearest one of each."""

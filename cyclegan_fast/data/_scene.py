@@ -96,8 +96,9 @@ def _rasterise_layer(layer: Layer, scene: Scene, size: int) -> tuple[Floats, Flo
     textures = [item for item in layer.items if isinstance(item, Texture)]
     pieces = [item for item in layer.items if not isinstance(item, Texture)]
     for item in pieces:
-        canvas.draw(item, scene.light)
+        canvas.draw(item)
     if pieces:
+        canvas.shade(scene.light)
         canvas.contact_shadows(scene.light, strength=layer.shadows)
     rgba, z = canvas.layer(size)
     depth = np.where(np.isfinite(z), layer.depth - z * frame_width(layer.depth), np.inf)

@@ -54,9 +54,6 @@ def flower_mask(depth: np.ndarray, focus: float) -> np.ndarray:
     return mask
 
 
-# --- pictures
-
-
 def test_render_is_a_function_of_seed_and_index() -> None:
     first, again = render_pair(1, 2, 48), render_pair(1, 2, 48)
     for a, b in zip(first, again, strict=True):
@@ -84,7 +81,7 @@ def test_sizes(size: int) -> None:
 
 @pytest.mark.parametrize("size", [15, 4097])
 def test_size_out_of_range(size: int) -> None:
-    with pytest.raises(ValueError, match=f"size = {size}.*16 to 4096"):
+    with pytest.raises(ValueError, match=rf"size = {size}.*16 to 4096"):
         render_pair(SEED, 0, size)
 
 
@@ -135,9 +132,6 @@ def test_pair_is_aligned(pairs: list[tuple[np.ndarray, np.ndarray, np.ndarray]])
         assert best == (0, 0)
 
 
-# --- optics
-
-
 def test_circle_of_confusion() -> None:
     lens = dslr(2.8)
     assert lens.circle_of_confusion(0.6, focus=0.6) == 0
@@ -157,11 +151,11 @@ def test_disc_is_round_even_and_keeps_energy(radius: float) -> None:
     disc = disc_blur(point, radius)[0].astype(np.float64)
     assert disc.sum() == pytest.approx(100, rel=0.02)
     y, x = np.mgrid[:side, :side] - np.array([middle, middle])[:, None, None]
-    # The mean squared distance from the centre of a disc along an axis is r^2 / 4.
+    # The mean squared distance from the centre of a disc along an axis is r^2 / 4; pixels add up to 1 / 6 to it.
     for axis in (x, y):
-        assert (disc * axis**2).sum() / disc.sum() == pytest.approx(radius**2 / 4, rel=0.12, abs=0.12)
-    inside = np.hypot(x, y) < radius - 3
-    if inside.any():
+        assert (disc * axis**2).sum() / disc.sum() == pytest.approx(radius**2 / 4, rel=0.12, abs=0.15)
+    inside = np.hypot(x, y) < radius - 3 * np.ceil(radius / 20)  # the outline is as wide as a cell of the grid
+    if radius > 4:
         assert disc[inside].max() < 1.06 * disc[inside].min()
 
 
@@ -189,9 +183,6 @@ def test_blurred_edge_in_front_lets_the_background_through() -> None:
     assert 0.2 < light[0, 32, 32] < 0.8
 
 
-# --- the folder
-
-
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -205,7 +196,7 @@ def test_dataset_holds_what_it_says(tmp_path: Path) -> None:
     assert len(set.union(*splits)) == sum(len(split) for split in splits)  # no scene twice
     assert names(root / "truthB") == names(root / "testA")
     assert names(root / "truthA") == names(root / "testB")
-    assert os.listdir(root.parent) == ["flowers"]
+    assert names(root.parent) == ["flowers"]
     assert json.loads((root / "synthetic.json").read_text())["size"] == 32
 
 
@@ -258,7 +249,7 @@ def test_foreign_folder_is_refused_and_left_alone(tmp_path: Path, content: str) 
     root = tmp_path / "photos"
     root.mkdir()
     (root / content).write_text("{}")
-    with pytest.raises(DataError, match="photos holds something else.*data.root"):
+    with pytest.raises(DataError, match=r"photos holds something else.*data.root"):
         ensure_dataset(root, **SMALL)
     assert names(root) == [content]
 
@@ -267,7 +258,7 @@ def test_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "flowers").write_text("notes")
     with pytest.raises(DataError, match="holds something else"):
         ensure_dataset(tmp_path / "flowers", **SMALL)
-    with pytest.raises(DataError, match="could not be written|something else"):
+    with pytest.raises(DataError, match=r"could not be written|something else"):
         ensure_dataset(tmp_path / "flowers" / "below", **SMALL)
 
 
@@ -284,13 +275,13 @@ def test_damaged_set_is_refused_by_name(tmp_path: Path, damage: str) -> None:
     root = ensure_dataset(tmp_path / "flowers", **SMALL)
     victim = root / "trainB" / names(root / "trainB")[0]
     victim.unlink() if damage == "delete" else victim.write_bytes(b"")
-    with pytest.raises(DataError, match=f"lacks 1 of its pictures.*trainB.*{victim.name}"):
+    with pytest.raises(DataError, match=rf"lacks 1 of its pictures.*trainB.*{victim.name}"):
         ensure_dataset(root, **SMALL)
 
 
 @pytest.mark.parametrize(("field", "value"), [("train", 0), ("test", 0), ("size", 8), ("size", 5000), ("seed", -1)])
 def test_impossible_parameters(tmp_path: Path, field: str, value: int) -> None:
-    with pytest.raises(DataError, match=f"{field} = {value} is not allowed"):
+    with pytest.raises(DataError, match=rf"{field} = {value} is not allowed"):
         ensure_dataset(tmp_path / "flowers", **(SMALL | {field: value}))
     assert not (tmp_path / "flowers").exists()
 

@@ -47,10 +47,10 @@ def finish(process: subprocess.Popen[str]) -> str:
 def test_two_processes_are_one_with_twice_the_batch(tiny: Tiny, overrides: tuple[str, ...]) -> None:
     """Losses to 1e-5 in float32, and weights and pools, over steps in which the pools fill and exchange.
 
-    Adam divides by the gradient's own size, so with its usual epsilon a gradient of rounding size moves its weight by a
-    whole learning rate, one way or the other: an epsilon above the rounding and a small rate keep runs comparable. The L1
-    losses have a kink: where a pixel is right to rounding, its gradient has either sign, one part in some thousands of
-    the whole, which shows in gradient norms and, times the learning rate, in weights.
+    Adam divides by the gradient's own size, so with its usual epsilon a gradient of rounding size moves its weight by
+    a whole learning rate, one way or the other: an epsilon above the rounding and a small rate keep runs comparable.
+    The L1 losses have a kink: where a pixel is right to rounding, its gradient has either sign, one part in some
+    thousands of the whole, which shows in gradient norms and, times the learning rate, in weights.
     """
     sizes = ("data.load_size=54", "data.crop_size=48")
     common = (

@@ -1,8 +1,8 @@
 """Golden loss curves on the CPU: training's arithmetic may not move unnoticed.
 
-Another CPU or version sums in another order. At a tenth of the usual learning rate, where Adam amplifies that least, 16
-steps move no loss by a ten-thousandth (checked without oneDNN and without vector instructions), and small mistakes still
-move some loss by more.
+Another CPU or version sums in another order. At a tenth of the usual learning rate, where Adam amplifies that least,
+16 steps move no loss by a ten-thousandth (checked without oneDNN and without vector instructions), and small mistakes
+still move some loss by more.
 """
 
 from __future__ import annotations
