@@ -32,7 +32,7 @@ $(VENV)/.ready: pyproject.toml setup.py
 demo: setup
 	$(BIN)/cyclegan-fast train --config configs/quickstart.yaml --resume
 	$(BIN)/cyclegan-fast translate runs/quickstart datasets/flowers/testA -o demo/translated --format png --overwrite
-	$(BIN)/cyclegan-fast figures cycle runs/quickstart datasets/flowers/testA/000[0-5].* -o demo/cycle.png
+	$(BIN)/cyclegan-fast figures cycle runs/quickstart $$(ls datasets/flowers/testA/* | head -n 6) -o demo/cycle.png
 	$(BIN)/cyclegan-fast figures curves runs/quickstart -o demo/curves.png
 	@echo "Look at:"
 	@echo "  demo/translated/              the test pictures, translated"

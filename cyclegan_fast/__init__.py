@@ -1,9 +1,9 @@
 """cyclegan_fast: unpaired image-to-image translation, trained and used fast.
 
-    import cyclegan_fast as cf
+import cyclegan_fast as cf
 
-    model = cf.load("runs/flowers")
-    model.translate("IMG_1.HEIC").save("out.jpg")
+model = cf.load("runs/flowers")
+model.translate("IMG_1.HEIC").save("out.jpg")
 """
 
 from __future__ import annotations

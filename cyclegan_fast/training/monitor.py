@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import platform
+import sys
 import time
 from pathlib import Path
 from typing import Any, TextIO
@@ -91,7 +92,13 @@ class Monitor:
         if tensorboard:
             self._writer = _open_tensorboard(run_dir / "tensorboard", step)
         self._bar = tqdm(
-            total=total_steps, initial=step, unit="step", disable=not progress, dynamic_ncols=True, smoothing=0.05
+            total=total_steps,
+            initial=step,
+            unit="step",
+            disable=not progress,
+            dynamic_ncols=True,
+            smoothing=0.05,
+            mininterval=0.1 if sys.stderr.isatty() else 5.0,  # a log file needs fewer lines than a terminal
         )
 
     def waited(self, seconds: float) -> None:
@@ -127,7 +134,8 @@ class Monitor:
         if self._bar is not None:
             shown = {name: f"{scalars[name]:.3f}" for name in _BAR if name in scalars}
             speed = f"{scalars['pairs_per_s']:.1f} pairs/s, {scalars['memory_gb']:.1f} GB"
-            self._bar.set_postfix_str(" ".join(f"{k} {v}" for k, v in shown.items()) + f", {speed}")
+            text = " ".join(f"{name} {value}" for name, value in shown.items())
+            self._bar.set_postfix_str(f"{text}, {speed}", refresh=sys.stderr.isatty())
 
     def measured(self, step: int, values: dict[str, float]) -> None:
         """Record measures taken on the test samples."""
