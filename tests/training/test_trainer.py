@@ -298,6 +298,10 @@ def test_options_train(tiny: Tiny, overrides: tuple[str, ...]) -> None:
 
 
 @pytest.mark.slow
+# What torch's compiler says of its own older parts, and of looking at the gradients of tensors that have none.
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit:DeprecationWarning", "ignore:The .grad attribute of a Tensor:UserWarning"
+)
 def test_compiled_networks_learn_the_same(tiny: Tiny) -> None:
     plain = losses(train(tiny("plain", "training.steps=4")))
     compiled = losses(train(tiny("compiled", "training.steps=4", "training.compile=true")))
