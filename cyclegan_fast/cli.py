@@ -10,7 +10,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,7 +93,8 @@ def _add_translate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     translate.add_argument(
         "--truncate", action="store_true", help="cut pixel values off instead of rounding, as the de-facto code does"
     )
-    _add_model_options(translate)
+    translate.add_argument("--which", default="latest", help="checkpoint of a run: latest, best or epoch-N")
+    _add_execution_options(translate)
     translate.set_defaults(run=_translate)
 
 
@@ -102,23 +103,26 @@ def _add_figures(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     kinds = figures.add_subparsers(required=True, metavar="KIND")
     curves = kinds.add_parser("curves", help="the four networks' losses over the epochs")
     progress = kinds.add_parser("progress", help="input | generated after the given epochs (checkpoint.milestones)")
+    pairs = kinds.add_parser("pairs", help="input | generated")
     cycle = kinds.add_parser("cycle", help="input | generated | reconstructed")
-    for kind in (curves, progress, cycle):
+    for kind in (curves, progress, pairs, cycle):
         kind.add_argument("run_folder", metavar="RUN", help="run folder")
         kind.add_argument("-o", "--out", required=True, metavar="FILE", help="picture to write")
-    for kind in (progress, cycle):
+    for kind in (progress, pairs, cycle):
         kind.add_argument("inputs", nargs="+", metavar="INPUT", help="pictures to translate")
         kind.add_argument("--direction", choices=("AtoB", "BtoA"), default="AtoB")
-    _add_model_options(cycle)
+    for kind in (pairs, cycle):
+        kind.add_argument("--which", default="latest", help="checkpoint of the run: latest, best or epoch-N")
     progress.add_argument("--epochs", default="1,10,50", help="comma-separated (default 1,10,50)")
-    progress.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    for kind in (progress, pairs, cycle):
+        _add_execution_options(kind)
     curves.set_defaults(run=_figure_curves)
     progress.set_defaults(run=_figure_progress)
+    pairs.set_defaults(run=_figure_pairs)
     cycle.set_defaults(run=_figure_cycle)
 
 
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--which", default="latest", help="checkpoint of a run: latest, best or epoch-N")
+def _add_execution_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--precision", choices=("auto", "fp32", "tf32", "bf16", "fp16"), default="auto")
 
@@ -215,15 +219,30 @@ def _figure_progress(arguments: argparse.Namespace) -> int:
     except ValueError:
         raise ConfigError(f"--epochs {arguments.epochs!r} is not a list of integers such as 1,10,50") from None
     figure = progress_figure(
-        arguments.run_folder, epochs, arguments.inputs, arguments.direction, device=arguments.device
+        arguments.run_folder,
+        epochs,
+        arguments.inputs,
+        arguments.direction,
+        device=arguments.device,
+        precision=arguments.precision,
     )
     return _keep_figure(figure, arguments.out)
+
+
+def _figure_pairs(arguments: argparse.Namespace) -> int:
+    from cyclegan_fast.evaluation.figures import translation_figure
+
+    return _keep_figure(_one_model_figure(translation_figure, arguments), arguments.out)
 
 
 def _figure_cycle(arguments: argparse.Namespace) -> int:
     from cyclegan_fast.evaluation.figures import cycle_figure
 
-    figure = cycle_figure(
+    return _keep_figure(_one_model_figure(cycle_figure, arguments), arguments.out)
+
+
+def _one_model_figure(draw: Callable[..., Image.Image], arguments: argparse.Namespace) -> Image.Image:
+    return draw(
         arguments.run_folder,
         arguments.which,
         arguments.inputs,
@@ -231,7 +250,6 @@ def _figure_cycle(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         precision=arguments.precision,
     )
-    return _keep_figure(figure, arguments.out)
 
 
 def _keep_figure(figure: Image.Image, out: str) -> int:

@@ -51,7 +51,8 @@ def test_the_whole_path(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["figures", "curves", str(run), "-o", "curves.png"]) == 0
     assert main(["figures", "progress", str(run), picture, "--epochs", "1", "-o", "figures/progress.png"]) == 0
     assert main(["figures", "cycle", str(run), picture, "-o", "figures/cycle.jpg"]) == 0
-    for figure in ("curves.png", "figures/progress.png", "figures/cycle.jpg"):
+    assert main(["figures", "pairs", str(run), picture, "--direction", "BtoA", "-o", "pairs.png"]) == 0
+    for figure in ("curves.png", "pairs.png", "figures/progress.png", "figures/cycle.jpg"):
         with Image.open(figure) as image:
             assert min(image.size) > 100
 
