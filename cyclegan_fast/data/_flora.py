@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from cyclegan_fast.data._raster import Blades, Blobs, Floats
+from cyclegan_fast.data._raster import Blades, Blobs, Floats, cross
 
 Array: TypeAlias = npt.NDArray[Any]
 Range: TypeAlias = tuple[float, float]
@@ -165,8 +165,8 @@ def flower_head(
     """A flower head: petals in whorls, sepals, disc, stamens. `closed` in [0, 1] makes a bud of it."""
     pitch, yaw = rng.uniform(*species.pitch), rng.uniform(-0.6, 0.6)
     facing = unit_vectors(np.array([np.sin(yaw) * np.cos(pitch), -np.sin(pitch), np.cos(yaw) * np.cos(pitch)]))
-    right = unit_vectors(np.cross([0.0, 1.0, 0.0], facing))
-    axes = np.stack([right, np.cross(facing, right)])
+    right = unit_vectors(cross(np.array([0, 1, 0], np.float32), facing))
+    axes = np.stack([right, cross(facing, right)])
     disc = float(rng.uniform(*species.disc)) * radius
     head = _Head(np.asarray(centre, np.float32), facing, axes, radius, disc, closed)
     parts: list[Blades | Blobs] = [_petals(rng, species, palette, head)]
@@ -281,7 +281,7 @@ def leafy_stem(rng: np.random.Generator, head: Sequence[float], radius: float, l
     if not leaves:
         return [stem]
     t = np.sort(rng.uniform(0.25, 0.85, leaves))
-    across = np.cross([0, 0, 1.0], direction)
+    across = cross(np.array([0, 0, 1], np.float32), direction)
     base = start + direction * (t * length)[:, None] + across * (sway * length * t**2)[:, None]
     sides = np.where(np.arange(leaves) % 2 == 0, 1.0, -1.0) * rng.choice([-1.0, 1.0])
     out = unit_vectors(np.stack([sides, rng.uniform(-1.1, -0.2, leaves), rng.uniform(-0.2, 0.6, leaves)], 1))
@@ -359,7 +359,7 @@ def far_flowers(rng: np.random.Generator, n: int, rows: Range, size: Range) -> t
     radius = rng.uniform(*size, n)
     facing = unit_vectors(np.stack([rng.normal(0, 0.5, n), rng.uniform(-1.5, 0, n), np.ones(n)], 1))
     right = unit_vectors(np.stack([facing[:, 2], np.zeros(n), -facing[:, 0]], 1))
-    up = np.cross(facing, right)
+    up = cross(facing, right)
     azimuth = np.arange(6) * np.pi / 3
     out = np.cos(azimuth)[None, :, None] * right[:, None] + np.sin(azimuth)[None, :, None] * up[:, None]
     colour = tones.repeat(6, axis=0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property, lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,11 +21,12 @@ Floats: TypeAlias = npt.NDArray[np.float32]
 Bools: TypeAlias = npt.NDArray[np.bool_]
 Ints: TypeAlias = npt.NDArray[np.intp]  # what numpy indexes with: anything else is converted at every use
 
-_SAMPLES_PER_PIXEL = 0.85  # along each direction of a surface; the holes this leaves are a pixel wide and get closed
 _FEW = 40_000  # points below which a further call costs more than it saves
+_OFFSET = np.float32(8)  # added to z where it has to be above 0; no surface reaches as far
 _CHUNK = 3_000_000  # points held at a time, which bounds the memory of a 4096 px picture
 
 
+_NEXT, _AFTER = np.array([1, 2, 0]), np.array([2, 0, 1])
 _DOWN, _TOWARDS = np.array([0, 1, 0], np.float32), np.array([0, 0, 1], np.float32)
 
 
@@ -78,16 +80,14 @@ class Blades:
     def __len__(self) -> int:
         return len(self.length)
 
-    @property
+    @cached_property
     def side(self) -> Floats:
         """The direction across each blade, [n, 3]."""
-        a, b = self.normal, self.out
-        return np.stack([a[:, i - 2] * b[:, i - 1] - a[:, i - 1] * b[:, i - 2] for i in range(3)], axis=1)
+        return cross(self.normal, self.out)
 
     def take(self, rows: slice | Bools) -> Blades:
         """The blades `rows`."""
-        arrays = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.type == "Floats"}
-        return replace(self, **arrays)
+        return replace(self, **{name: getattr(self, name)[rows] for name in _ARRAYS[type(self)]})
 
     def width_at(self, t: Floats) -> Floats:
         a, b = self.outline
@@ -108,107 +108,132 @@ class Blades:
         along = along + 0.6 * steep * upright * (self.width / self.length) + self.ruffle + self.notch[0]
         return self.length * np.minimum(1.3, along + 0.1), 2 * self.width * np.minimum(1.3, across + 0.1)
 
-    def grid(self, side: int, extent: tuple[Floats, Floats]) -> tuple[Floats, Floats]:
-        """Samples (t, v) that leave no hole at `side` pixels a frame."""
-        rows, columns = (int(float(size.max()) * side * _SAMPLES_PER_PIXEL) + 2 for size in extent)
-        t = np.asarray((np.arange(rows, dtype=np.float32) + 0.5) / rows, np.float32)
-        if self.outline[1] < 0.5:  # a blunt tip narrows within a pixel: there the edge needs rows of its own
-            tip = 1 - np.geomspace(0.02, 6, min(24, rows // 4), dtype=np.float32) / rows
-            t = np.concatenate([t, tip])
-        v = 2 * (np.arange(columns, dtype=np.float32) + 0.5) / columns - 1
-        return t, np.asarray(v, np.float32)
+    def grid(self, density: float, extent: tuple[Floats, Floats]) -> tuple[Floats, Floats]:
+        """Samples (t, v) at `density` samples a frame."""
+        rows, columns = (int(float(size.max()) * density) + 2 for size in extent)
+        # A blunt tip narrows within a pixel: there the edge needs rows of its own.
+        return _rows(rows, self.outline[1] < 0.5), _columns(columns)
 
     def points(self, t: Floats, v: Floats) -> Floats:
-        """x, y, z of every sample: [n, 3, len(t) len(v)]."""
+        """x, y, z of every sample, blade by blade and row by row: [3, n len(t) len(v)].
+
+        Across a blade (along v) its shape is a sum of a few curves that all blades share; their weights depend on t.
+        """
         # A straight blade is a slightly bent one: the integral of the direction divides by the bend.
         curl = np.where(np.abs(self.curl) < 0.02, np.float32(0.02), self.curl)[:, None]
         start = self.elevation[:, None]
         angle = start + curl * t
         sine, cosine = np.sin(angle), np.cos(angle)
         scale = self.length[:, None] / curl
+        out, normal, side = (vectors.T[:, :, None] for vectors in (self.out, self.normal, self.side))
         width = self.width[:, None] * self.width_at(t)
+        lift = (cosine * normal - sine * out) * width
         square = v * v
-        height = self.cup[:, None, None] * square + self.twist * v
-        if self.ruffle:
-            height = (
-                height + self.ruffle * np.sin(self._ruffle_angle(t[:, None], v, self.phase[:, None, None])) * square
-            )
-        height = height * width[:, :, None]
-        local = np.empty((len(self), 3, len(t), len(v)), np.float32)  # along `out`, along `normal`, across
-        np.multiply(height, -sine[:, :, None], out=local[:, 0])
-        np.multiply(height, cosine[:, :, None], out=local[:, 1])
-        np.multiply(width[:, :, None], v, out=local[:, 2])
-        local[:, 0] += (scale * (sine - np.sin(start)))[:, :, None]
-        local[:, 1] += (scale * (np.cos(start) - cosine))[:, :, None]
-        local[:, 2] += ((self.sway * self.length)[:, None] * (t * t))[:, :, None]
+        centre = out * (scale * (sine - np.sin(start))) + self.base.T[:, :, None]
+        centre += normal * (scale * (np.cos(start) - cosine))
+        centre += side * ((self.sway * self.length)[:, None] * (t * t))
+        slope = side * width
+        if self.twist:
+            slope += self.twist * lift
+        parts = [(np.ones_like(v), centre), (v, slope), (square, lift * self.cup[:, None])]
+        if self.ruffle:  # sin(a + b) = sin a cos b + cos a sin b
+            along, across = self._ruffle_angles(t, v)
+            lift *= self.ruffle
+            parts += [(square * np.cos(across), lift * np.sin(along)), (square * np.sin(across), lift * np.cos(along))]
         if self.notch[0]:
-            wave = np.cos(np.pi * self.notch[1] * v)
-            depth = self.length[:, None, None] * (self.notch[0] * t * t * t)[:, None] * wave
-            local[:, 0] -= depth * cosine[:, :, None]
-            local[:, 1] -= depth * sine[:, :, None]
-        frames = np.stack([self.out, self.normal, self.side], axis=2)
-        points: Floats = frames @ local.reshape(len(self), 3, -1)
-        points += self.base[:, :, None]
-        return points
+            depth = self.length[:, None] * (self.notch[0] * t * t * t)
+            parts.append((np.cos(np.pi * self.notch[1] * v), -depth * (cosine * out + sine * normal)))
+        curves, weights = (np.stack(part) for part in zip(*parts, strict=True))
+        points: Floats = weights.reshape(len(weights), -1).T @ curves
+        return points.reshape(3, -1)
 
-    @staticmethod
-    def _ruffle_angle(t: Floats, v: Floats, phase: Floats) -> Floats:
-        return phase + 13 * t + 2.2 * v
+    def _ruffle_angles(self, t: Floats, v: Floats) -> tuple[Floats, Floats]:
+        """Phase of the ruffles, as the sum of a part of each row [n, len(t)] and one of each column [len(v)]."""
+        return self.phase[:, None] + 13 * t, np.float32(2.2) * v
 
-    def shade(self, which: Ints, t: Floats, v: Floats, light: Light) -> Floats:
-        """Linear RGB [3, m] of m samples (blade `which`, t, v): sun, sky, light through the blade, gloss."""
+    def shade(self, points: Ints, t: Floats, v: Floats, light: Light) -> Floats:
+        """Linear RGB [3, m] of m of the samples `points` returns: sun, sky, light through the blade, gloss.
+
+        What is the same along a row, down a column or on all blades is found once and looked up.
+        """
+        row = points // len(v)
+        which = row // len(t)
+        column = points - row * len(v)
+        cell = points - which * (len(t) * len(v))
         axes = np.stack([light.direction, light.halfway, _DOWN, _TOWARDS])
-        # Cosines of each blade's frame with each axis, found once a blade: [4, m] for each vector of the frame.
-        out, normal, side = ((axes @ vectors.T).take(which, axis=1) for vectors in (self.out, self.normal, self.side))
-        angle = self.elevation.take(which) + self.curl.take(which) * t
+        # Cosines of each blade's frame with each axis: [4, n, 1] for each vector of the frame.
+        out, normal, side = ((axes @ vectors.T)[:, :, None] for vectors in (self.out, self.normal, self.side))
+        angle = self.elevation[:, None] + self.curl[:, None] * t
         sine, cosine = np.sin(angle), np.cos(angle)
-        pattern, groove = self._veins(t, v)
-        across = 2 * self.cup.take(which) * v + self.twist + groove
-        steepness = 1 + across * across
-        cosines = cosine * normal - sine * out - across * side
+        pattern, groove = self._veins(t[:, None], v)
+        across = (2 * self.cup).take(which)
+        across *= v.take(column)
+        across += self.twist
+        if groove is not None:
+            across += groove.take(cell)
+        steepness = across * across
+        cosines = (cosine * normal - sine * out).reshape(4, -1).take(row, axis=1)
         if self.ruffle:
-            wave = self._ruffle_angle(t, v, self.phase.take(which))
-            across = self.ruffle * 2 * v * np.sin(wave)
-            along = self.ruffle * 13 * v * v * np.cos(wave) * (self.width / self.length).take(which)
-            cosines -= across * side + along * (cosine * out + sine * normal)
-            steepness += across * across + along * along
-        cosines /= np.sqrt(steepness)
-        cosines *= np.sign(cosines[3])  # the side that the camera sees
+            along, phase = self._ruffle_angles(t, v)
+            wave = along.take(row) + phase.take(column)
+            ripple = (self.ruffle * 2 * v).take(column) * np.sin(wave)
+            climb = (self.ruffle * 13 * v * v).take(column) * np.cos(wave)
+            climb *= (self.width / self.length).take(which)
+            cosines -= climb * (cosine * out + sine * normal).reshape(4, -1).take(row, axis=1)
+            steepness += ripple * ripple + climb * climb
+            across += ripple
+        cosines -= across * side[:, :, 0].take(which, axis=1)
+        # Signed for the side that the camera sees.
+        cosines[:3] *= np.copysign(1 / np.sqrt(1 + steepness), cosines[3])
         sun, mirror, down, _ = cosines
         direct = np.maximum(sun, -self.through * sun)
         ambient = 0.55 - 0.45 * down
         shine = self.gloss * _power16(np.maximum(1.12 * mirror - 0.12, 0))
-        colour = self._colour(which, t, v, pattern)
+        colour = self._colour(row, which, cell, t, v, pattern)
         for c in range(3):
             sky, bounce = light.sky[c], light.bounce[c]
             colour[c] *= direct * light.sun[c] + ambient * (sky - bounce) + bounce
             colour[c] += shine * light.sun[c]
         return colour
 
-    def _veins(self, t: Floats, v: Floats) -> tuple[Floats, Floats | np.float32]:
-        """Factor of the colour along the veins, and the slope of the grooves they run in."""
+    def _veins(self, t: Floats, v: Floats) -> tuple[Floats | np.float32, Floats | None]:
+        """Factor of the colour along the veins, and the slope of the grooves they run in (None: there are none)."""
         count, strength, slant = self.veins
         if not strength:
-            return np.ones_like(t), np.float32(0)
+            return np.float32(1), None
         wave = np.pi * count * ((1 - slant) * v + slant * (t - 0.45 * np.abs(v)))
         line = np.cos(wave)
         fourth = line * line * line * line
         pattern = 1 - strength * fourth * (1 - 0.6 * t)
         if slant:  # a leaf has a pale midrib
             pattern = pattern * 0.9 + 0.4 * np.clip(1 - np.abs(v) / 0.1, 0, 1)
-        return pattern, np.asarray(0.6 * strength * line * np.sin(wave), np.float32)
+        groove = np.asarray(0.6 * strength * line * np.sin(wave), np.float32)
+        return pattern, np.broadcast_to(groove, pattern.shape)
 
-    def _colour(self, which: Ints, t: Floats, v: Floats, pattern: Floats) -> Floats:
+    def _colour(self, row: Ints, which: Ints, cell: Ints, t: Floats, v: Floats, pattern: Floats | np.float32) -> Floats:
         """Linear RGB [3, m] of the blade itself."""
         mix = np.clip((t - 0.12) / max(self.blotch, 1e-3), 0, 1)
         mix = mix * mix * (3 - 2 * mix)
         square = v * v
-        rim = np.maximum(square * square * 0.8, np.clip(4 * t - 3, 0, 1) * 0.6)
-        inner, outer, edge = (1 - mix) * (1 - rim) * pattern, mix * (1 - rim) * pattern, rim * pattern
-        colour = self.inner.T.take(which, axis=1) * inner
-        colour += self.outer.T.take(which, axis=1) * outer
-        colour += self.edge.T.take(which, axis=1) * edge
+        rim = np.maximum(square * square * 0.8, np.clip(4 * t - 3, 0, 1)[:, None] * 0.6)
+        body = self.inner.T[:, :, None] * (1 - mix) + self.outer.T[:, :, None] * mix
+        colour = body.reshape(3, -1).take(row, axis=1)
+        colour *= ((1 - rim) * pattern).take(cell)
+        colour += self.edge.T.take(which, axis=1) * (rim * pattern).take(cell)
         return np.asarray(colour)
+
+
+@lru_cache(maxsize=512)
+def _rows(count: int, blunt: bool) -> Floats:
+    t = np.asarray((np.arange(count, dtype=np.float32) + 0.5) / count, np.float32)
+    if blunt:
+        t = np.concatenate([t, 1 - np.geomspace(0.02, 6, min(24, count // 4), dtype=np.float32) / count])
+    return t
+
+
+@lru_cache(maxsize=512)
+def _columns(count: int) -> Floats:
+    return np.asarray(2 * (np.arange(count, dtype=np.float32) + 0.5) / count - 1, np.float32)
 
 
 def merged(items: Sequence[Blades | Blobs]) -> list[Blades | Blobs]:
@@ -223,7 +248,7 @@ def merged(items: Sequence[Blades | Blobs]) -> list[Blades | Blobs]:
 def _concatenated(items: list[Blades | Blobs]) -> Blades | Blobs:
     if len(items) == 1:
         return items[0]
-    names = [f.name for f in fields(items[0]) if f.type == "Floats"]
+    names = _ARRAYS[type(items[0])]
     arrays: dict[str, Any] = {name: np.concatenate([getattr(item, name) for item in items]) for name in names}
     return replace(items[0], **arrays)
 
@@ -243,38 +268,46 @@ class Blobs:
 
     def take(self, rows: slice | Bools) -> Blobs:
         """The balls `rows`."""
-        arrays = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.type == "Floats"}
-        return replace(self, **arrays)
+        return replace(self, **{name: getattr(self, name)[rows] for name in _ARRAYS[type(self)]})
 
     def extent(self) -> tuple[Floats, Floats]:
         """Width and height [n] in frames."""
         return 2 * self.radius, 2 * self.radius
 
-    def grid(self, side: int, extent: tuple[Floats, Floats]) -> tuple[Floats, Floats]:
-        """Samples (u, v) of the unit disc, without holes at `side` pixels a frame."""
-        count = int(float(extent[0].max()) * side * _SAMPLES_PER_PIXEL) + 2
+    def grid(self, density: float, extent: tuple[Floats, Floats]) -> tuple[Floats, Floats]:
+        """Samples (u, v) of the unit disc, at `density` samples a frame."""
+        count = int(float(extent[0].max()) * density) + 2
         line = np.asarray(2 * (np.arange(count, dtype=np.float32) + 0.5) / count - 1, np.float32)
         u, v = np.meshgrid(line, line)
         inside = u * u + v * v <= 1.02
         return u[inside], v[inside]
 
     def points(self, u: Floats, v: Floats) -> Floats:
-        """x, y, z of every sample: [n, 3, len(u)]."""
+        """x, y, z of every sample, ball by ball: [3, n len(u)]."""
         unit = np.stack([u, v, np.sqrt(np.clip(1 - u * u - v * v, 0, 1))])
-        return np.asarray(self.centre[:, :, None] + self.radius[:, None, None] * unit)
+        points = self.centre.T[:, :, None] + self.radius[:, None] * unit[:, None]
+        return np.asarray(points.reshape(3, -1))
 
-    def shade(self, which: Ints, u: Floats, v: Floats, light: Light) -> Floats:
-        """Linear RGB [3, m] of m samples."""
+    def shade(self, points: Ints, u: Floats, v: Floats, light: Light) -> Floats:
+        """Linear RGB [3, m] of m of the samples `points` returns."""
+        which = points // len(u)
+        place = points - which * len(u)
         bulge = np.sqrt(np.clip(1 - u * u - v * v, 0, 1))
-        x, y, z = (float(c) for c in light.direction)
+        x, y, z = light.direction
         sun = np.clip(u * x + v * y + bulge * z, 0, 1)
-        shine = self.gloss * _power16(sun)
+        shine = (self.gloss * _power16(sun)).take(place)
         ambient, glow = 0.55 - 0.45 * v, self.glow.take(which)
-        colour = np.empty((3, len(u)), np.float32)
+        colour = self.colour.T.take(which, axis=1)
         for c in range(3):
-            received = sun * light.sun[c] + ambient * (light.sky[c] - light.bounce[c]) + light.bounce[c] + glow
-            colour[c] = self.colour[:, c].take(which) * received + shine * light.sun[c]
-        return colour
+            received = sun * light.sun[c] + ambient * (light.sky[c] - light.bounce[c]) + light.bounce[c]
+            colour[c] *= received.take(place) + glow
+            colour[c] += shine * light.sun[c]
+        return np.asarray(colour)
+
+
+_ARRAYS: dict[type[Blades | Blobs], list[str]] = {
+    kind: [f.name for f in fields(kind) if f.type == "Floats"] for kind in (Blades, Blobs)
+}
 
 
 @dataclass(frozen=True)
@@ -292,12 +325,7 @@ class _Drawn:
 
     def shade(self, points: Ints, light: Light) -> Floats:
         """Linear RGB [3, m] of points, counted surface by surface."""
-        which = points // self.samples
-        rest = points - which * self.samples
-        if isinstance(self.items, Blobs):
-            return self.items.shade(which, self.first.take(rest), self.second.take(rest), light)
-        row = rest // len(self.second)
-        return self.items.shade(which, self.first.take(row), self.second.take(rest - row * len(self.second)), light)
+        return self.items.shade(points, self.first, self.second, light)
 
 
 class Canvas:
@@ -306,8 +334,10 @@ class Canvas:
     Surfaces are put in first; only what of them is seen in the end is shaded.
     """
 
-    def __init__(self, side: int) -> None:
+    def __init__(self, side: int, samples: float = 0.85) -> None:
+        """`samples` a pixel along each direction of a surface; the holes this leaves are a pixel wide, and closed."""
         self.side = side
+        self._density = side * samples
         self.rgb = np.zeros((3, side * side), np.float32)
         self.z = np.full(side * side, -np.inf, np.float32)
         self._drawn: list[_Drawn] = []
@@ -331,7 +361,7 @@ class Canvas:
             self._draw_alike(items.take(rows), (extent[0][rows], extent[1][rows]))
 
     def _draw_alike(self, items: Blades | Blobs, extent: tuple[Floats, Floats]) -> None:
-        grid = items.grid(self.side, extent)
+        grid = items.grid(self._density, extent)
         step = max(1, _CHUNK // _Drawn(items, *grid).samples)
         for start in range(0, len(items), step):
             self._put(_Drawn(items.take(slice(start, start + step)), *grid))
@@ -363,32 +393,32 @@ class Canvas:
                     self.rgb[c, seen] = colour[c]
 
     def _nearest(self, points: Floats) -> tuple[Ints, Ints, Floats]:
-        """Pixels hit by any of the points [n, 3, K] in rising order, and the index and z of the nearest one of each."""
-        side = np.float32(self.side)
-        column, row = ((points[:, c] * side).astype(np.int32).ravel() for c in range(2))
-        pixel = row * np.int32(self.side) + column
-        inside = np.flatnonzero((column.view(np.uint32) < self.side) & (row.view(np.uint32) < self.side))
-        if not len(inside):
-            return inside, inside, np.zeros(0, np.float32)
-        z = np.ascontiguousarray(points[:, 2]).ravel()
-        depth = z.take(inside)
-        low, high = float(depth.min()), float(depth.max())
-        # 16 bits are what numpy sorts by radix; a stable sort writes the nearest point of a pixel last.
-        key = ((depth - low) * np.float32(65535 / max(high - low, 1e-6))).astype(np.uint16)
-        order = inside.take(np.argsort(key, kind="stable"))
-        target = pixel.take(order).astype(np.intp)
+        """Pixels hit by any of the points [3, N] in rising order, and the index and z of the nearest one of each."""
+        cells = (points[:2] * np.float32(self.side)).astype(np.int32)
+        z = points[2]
+        index = np.arange(len(z))
+        column, row = cells.view(np.uint32)  # what is below 0 is far above the side
+        if max(column.max(), row.max()) >= self.side:
+            index = np.flatnonzero((column < self.side) & (row < self.side))
+            if not len(index):
+                return index, index, np.zeros(0, np.float32)
+            cells, z = cells.take(index, axis=1), z.take(index)
+        target = (cells[1] * np.int32(self.side) + cells[0]).astype(np.intp)
         first = max(0, int(target.min()) - self.side)
-        hit = np.full(min(self.side * self.side, int(target.max()) + 1 + self.side) - first, -1, np.intp)
         target -= first
-        hit[target] = order
-        height = np.full(len(hit), -np.inf, np.float32)
-        height[target] = z.take(order)
+        # z and the point in one integer, z first: floats above 0 are ordered as their bits are.
+        key = (z + _OFFSET).view(np.int32).astype(np.int64)
+        key <<= 32
+        key |= index
+        nearest = np.zeros(min(self.side * self.side, int(target.max()) + first + 1 + self.side) - first, np.int64)
+        np.maximum.at(nearest, target, key)
+        height = (nearest >> 32).astype(np.int32).view(np.float32)  # 0: nothing
         for step in (1, self.side, 1):  # close holes of one pixel, along and down: both neighbours are nearer by far
             rim = np.minimum(height[: -2 * step], height[2 * step :]) - np.float32(2 / self.side)
             gap = np.flatnonzero(height[step:-step] < rim) + step
-            hit[gap], height[gap] = hit[gap - step], height[gap - step]
-        pixels = np.flatnonzero(hit >= 0)
-        return pixels + first, hit.take(pixels), height.take(pixels)
+            nearest[gap], height[gap] = nearest[gap - step], height[gap - step]
+        pixels = np.flatnonzero(nearest)
+        return pixels + first, nearest.take(pixels) & 0xFFFFFFFF, height.take(pixels) - _OFFSET
 
     def contact_shadows(self, light: Light, reach: float = 0.02, strength: float = 0.6) -> None:
         """Darken what lies behind something that stands towards the sun within about `reach` frames."""
@@ -441,6 +471,11 @@ def _reduce(image: Floats, factor: int, operation: np.ufunc) -> Floats:
             total = operation(total, part)
         image = total.T
     return np.asarray(image)
+
+
+def cross(a: Floats, b: Floats) -> Floats:
+    """Cross products of vectors [..., 3]."""
+    return np.asarray(a[..., _NEXT] * b[..., _AFTER] - a[..., _AFTER] * b[..., _NEXT])
 
 
 def _power16(x: Floats) -> Floats:
@@ -497,4 +532,4 @@ def fractal_noise(
         total += np.asarray(smooth) * np.float32(gain**octave)
         power += gain ** (2 * octave)
         octave += 1
-    return np.asarray(total / np.sqrt(power * 0.6), np.float32)
+    return np.asarray(total * np.float32(1 / np.sqrt(power * 0.6)))

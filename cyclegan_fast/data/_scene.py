@@ -79,34 +79,41 @@ def draw_scene(rng: np.random.Generator) -> Scene:
     )
 
 
-def rasterise(scene: Scene, size: int) -> Iterator[tuple[float, Floats, Floats]]:
+def rasterise(scene: Scene, size: int, *, distances: bool) -> Iterator[tuple[float, Floats, Floats | None]]:
     """The layers of a scene, farthest first: distance (metres), premultiplied linear RGBA [4, S, S], distance [S, S].
 
-    The distance of a pixel is infinite where its layer is empty.
+    The distance of a pixel is infinite where its layer is empty; without `distances` there are none.
     """
     for layer in scene.layers:
-        yield (layer.depth, *_rasterise_layer(layer, scene, size))
+        rgba, z = _rasterise_layer(layer, scene, size)
+        yield layer.depth, rgba, _distances(layer, rgba, z) if distances else None
+
+
+def _distances(layer: Layer, rgba: Floats, z: Floats) -> Floats:
+    depth = np.where(np.isfinite(z), layer.depth - z * frame_width(layer.depth), np.inf)
+    depth = np.where((rgba[3] > 0.5) & ~np.isfinite(depth), layer.depth, depth)
+    return np.maximum(depth, 0.05).astype(np.float32)
 
 
 def _rasterise_layer(layer: Layer, scene: Scene, size: int) -> tuple[Floats, Floats]:
+    """Premultiplied linear RGBA [4, S, S] and z [S, S] of the nearest piece, -inf where there is none."""
+    textures = [item for item in layer.items if isinstance(item, Texture)]
+    pieces = [item for item in layer.items if not isinstance(item, Texture)]
+    if not pieces:
+        return paint(textures[0], size, scene.light), np.full((size, size), -np.inf, np.float32)
     main = abs(layer.depth - scene.focus) < 0.1 * scene.focus
     # Two samples a pixel each way; small pictures do without except on the flower, very large ones everywhere.
     factor = 1 if size > 1024 or (64 < size < 192 and not main) else 2
-    canvas = Canvas(size * factor)
-    textures = [item for item in layer.items if isinstance(item, Texture)]
-    pieces = [item for item in layer.items if not isinstance(item, Texture)]
+    canvas = Canvas(size * factor, 0.72 if size < 192 else 0.85)
     for item in pieces:
         canvas.draw(item)
-    if pieces:
-        canvas.shade(scene.light)
-        canvas.contact_shadows(scene.light, strength=layer.shadows)
+    canvas.shade(scene.light)
+    canvas.contact_shadows(scene.light, strength=layer.shadows)
     rgba, z = canvas.layer(size)
-    depth = np.where(np.isfinite(z), layer.depth - z * frame_width(layer.depth), np.inf)
     for texture in reversed(textures):
         behind = paint(texture, size, scene.light)
         rgba = rgba + behind * (1 - rgba[3])
-    depth = np.where((rgba[3] > 0.5) & ~np.isfinite(depth), layer.depth, depth)
-    return rgba.astype(np.float32), np.maximum(depth, 0.05).astype(np.float32)
+    return rgba, z
 
 
 def frame_width(depth: float) -> float:

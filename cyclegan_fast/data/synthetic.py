@@ -42,7 +42,7 @@ Picture: TypeAlias = npt.NDArray[np.uint8]
 
 _TRUTH = {"testA": "truthB", "testB": "truthA"}
 _INDEX = "synthetic.json"
-_FORMAT = 1  # raised whenever the renderer draws a different picture for the same (seed, index, size)
+_FORMAT = 2  # raised whenever the renderer draws a different picture for the same (seed, index, size)
 _STALE = 3600.0  # seconds without a new picture after which a half-built folder is taken for abandoned
 _PIXELS_WORTH_A_PROCESS = 64 * 128 * 128  # below this, starting processes takes longer than rendering
 
@@ -79,10 +79,10 @@ def _render(what: Scene, size: int, domains: str, depth: Floats | None = None) -
         raise ValueError(f"size = {size} is not allowed: a picture is 16 to 4096 pixels wide")
     lenses = {"A": PHONE, "B": dslr(what.aperture)}
     exposures = {domain: Exposure(lenses[domain], what.focus, size) for domain in domains}
-    for distance, rgba, distances in rasterise(what, size):
+    for distance, rgba, distances in rasterise(what, size, distances=depth is not None):
         for exposure in exposures.values():
             exposure.add(distance, rgba)
-        if depth is not None:
+        if depth is not None and distances is not None:
             np.minimum(depth, distances, out=depth)
     develop = {"A": develop_phone, "B": develop_dslr}
     gain = dict(zip("AB", what.exposure.tolist(), strict=True))
