@@ -1,0 +1,450 @@
+// The kernels of instance_norm_cpu.h for one instruction set. Each instance_norm_<isa>.cpp defines CYCLEGAN_KERNELS and
+// includes this once, compiled with the flags of that instruction set. No standard library here: see vector.h.
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#include "geometry.h"
+#include "instance_norm_kernels.h"
+
+namespace cyclegan {
+namespace {
+
+#include "vector.h"
+
+// Bytes of one tensor that a kernel goes over more than once while they are in the first-level cache.
+constexpr int64_t block_bytes = 4 * 1024;
+
+template <class T>
+static inline int64_t block_pixels(int64_t c) {
+  const int64_t pixels = block_bytes / (c * static_cast<int64_t>(sizeof(T)));
+  return pixels < 4 ? 4 : pixels;
+}
+
+// The passes that stream ask for what they will need in a while; the hardware's own guesses stop at every page.
+constexpr uintptr_t ahead_bytes = 4096;
+
+static inline void prefetch_read(const void* p) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + ahead_bytes));
+}
+
+static inline void prefetch_write(const void* p) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + ahead_bytes), 1);
+}
+
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Calls run(channel, whole, count) for each group of channels of a pixel; `whole` is a constant type.
+struct Yes {
+  static constexpr bool value = true;
+};
+struct No {
+  static constexpr bool value = false;
+};
+
+template <class Run>
+static inline void for_each_group(int64_t c, Run run) {
+  int64_t channel = 0;
+  for (; channel + group <= c; channel += group) run(channel, Yes{}, static_cast<int64_t>(group));
+  if (channel < c) run(channel, No{}, c - channel);
+}
+
+// Mean and squared deviations of one group of channels over a block of pixels: deviations from the block's own mean,
+// so nothing cancels however large the mean is. mean = centre + delta.
+//
+// `next` is this group's share of the block that follows: it comes, in order, while this one is worked on.
+template <bool Whole, class T>
+static inline void block_statistics(const T* x, const T* next, int64_t c, int64_t count, int64_t pixels, Pair& centre,
+                                    Pair& delta, Pair& m2) {
+  Pair sum = zeros(), more = zeros();
+  int64_t i = 0;
+  for (; i + 2 <= pixels; i += 2) {
+    __builtin_prefetch(next + i * (group / 2));
+    const Pair v = load_group<Whole>(x + i * c, count);
+    const Pair w = load_group<Whole>(x + (i + 1) * c, count);
+    sum.a += v.a;
+    sum.b += v.b;
+    more.a += w.a;
+    more.b += w.b;
+  }
+  if (i < pixels) {
+    const Pair v = load_group<Whole>(x + i * c, count);
+    sum.a += v.a;
+    sum.b += v.b;
+  }
+  const float inverse = 1.0f / static_cast<float>(pixels);
+  centre = {(sum.a + more.a) * inverse, (sum.b + more.b) * inverse};
+  Pair first = zeros(), second = zeros();
+  for (i = 0; i < pixels; ++i) {
+    __builtin_prefetch(next + (pixels + i) * (group / 2));
+    const Pair v = load_group<Whole>(x + i * c, count);
+    const Vec a = v.a - centre.a, b = v.b - centre.b;
+    first.a += a;
+    first.b += b;
+    second.a += a * a;
+    second.b += b * b;
+  }
+  delta = {first.a * inverse, first.b * inverse};
+  const Vec a = second.a - first.a * delta.a, b = second.b - first.b * delta.b;
+  m2 = {a < 0 ? Vec{} : a, b < 0 ? Vec{} : b};
+}
+
+static inline void merge(Vec& offset, Vec& m2, Vec other_offset, Vec other_m2, float share, float weight) {
+  const Vec difference = other_offset - offset;
+  offset += difference * share;
+  m2 += other_m2 + difference * difference * weight;
+}
+
+template <class T>
+static void statistics(const RowTask& task, int64_t n, int64_t first, int64_t last, float* origin, float* offset,
+                       float* m2) {
+  const Shape& s = task.shape;
+  const T* x = static_cast<const T*>(task.x) + (n * s.h + first) * s.w * s.c;
+  const int64_t total = (last - first) * s.w;
+  const int64_t block = block_pixels<T>(s.c);
+  for (int64_t done = 0; done < total; done += block) {
+    const int64_t pixels = smaller(block, total - done);
+    // Chan's formula for `done` pixels and `pixels` more.
+    const float share = static_cast<float>(pixels) / static_cast<float>(done + pixels);
+    const float weight = static_cast<float>(done) * share;
+    for_each_group(s.c, [&](int64_t channel, auto whole, int64_t count) {
+      Pair centre, delta, squares;
+      const T* from = x + done * s.c;
+      block_statistics<decltype(whole)::value>(from + channel, from + pixels * (s.c + channel), s.c, count, pixels,
+                                               centre, delta, squares);
+      if (done == 0) {
+        store_lanes(origin + channel, centre);
+        store_lanes(offset + channel, delta);
+        store_lanes(m2 + channel, squares);
+        return;
+      }
+      // Relative to the first block's mean the offsets are small numbers, so that merging rounds little.
+      const Pair start = load_lanes(origin + channel);
+      Pair mean = load_lanes(offset + channel), sum = load_lanes(m2 + channel);
+      merge(mean.a, sum.a, (centre.a - start.a) + delta.a, squares.a, share, weight);
+      merge(mean.b, sum.b, (centre.b - start.b) + delta.b, squares.b, share, weight);
+      store_lanes(offset + channel, mean);
+      store_lanes(m2 + channel, sum);
+    });
+  }
+}
+
+template <Activation act>
+static inline Vec activate(Vec v, float slope) {
+  const Vec zero = {};
+  if constexpr (act == Activation::relu) return maximum(zero, v);
+  if constexpr (act == Activation::leaky_relu) return v > zero ? v : v * slope;
+  return v;
+}
+
+template <Activation act>
+static inline Vec activation_gradient(Vec grad, Vec z, float slope) {
+  const Vec zero = {};
+  if constexpr (act == Activation::relu) return z <= zero ? zero : grad;
+  if constexpr (act == Activation::leaky_relu) return z > zero ? grad : grad * slope;
+  return grad;
+}
+
+// A few pixels at a time share one reading of the channel parameters.
+template <class T, Activation act, bool residual, int pixels>
+static inline void forward_pixels(const T* x, const T* r, T* y, int64_t c, int64_t r_pixel, float slope,
+                                  const ChannelParameters& p) {
+  for_each_group(c, [&](int64_t channel, auto whole, int64_t count) {
+    constexpr bool Whole = decltype(whole)::value;
+    const Pair mean = load_lanes(p.mean + channel), scale = load_lanes(p.scale + channel);
+    const Pair shift = load_lanes(p.shift + channel);
+    for (int i = 0; i < pixels; ++i) {
+      prefetch_read(x + i * c + channel);
+      prefetch_write(y + i * c + channel);
+      Pair v = load_group<Whole>(x + i * c + channel, count);
+      v.a = activate<act>((v.a - mean.a) * scale.a + shift.a, slope);
+      v.b = activate<act>((v.b - mean.b) * scale.b + shift.b, slope);
+      if constexpr (residual) {
+        prefetch_read(r + i * r_pixel + channel);
+        const Pair more = load_group<Whole>(r + i * r_pixel + channel, count);
+        v.a += more.a;
+        v.b += more.b;
+      }
+      store_group<Whole>(y + i * c + channel, v, count);
+    }
+  });
+}
+
+// The mirrored columns of a padded row whose interior is written, then the rows that mirror it.
+template <class T>
+static inline void reflect_row(T* picture, int64_t h, const Shape& s) {
+  const int64_t wp = s.padded_w();
+  const size_t pixel_bytes = static_cast<size_t>(s.c) * sizeof(T), row_bytes = pixel_bytes * static_cast<size_t>(wp);
+  int64_t rows[3];
+  const int count = padded_positions(h, s.h, s.pad, rows);
+  T* row = picture + rows[0] * wp * s.c;
+  for (int64_t k = 1; k <= s.pad; ++k) {
+    const int64_t left = s.pad - k, right = s.pad + s.w - 1 + k;
+    __builtin_memcpy(row + left * s.c, row + (s.pad + reflect(-k, s.w)) * s.c, pixel_bytes);
+    __builtin_memcpy(row + right * s.c, row + (s.pad + reflect(s.w - 1 + k, s.w)) * s.c, pixel_bytes);
+  }
+  for (int i = 1; i < count; ++i) __builtin_memcpy(picture + rows[i] * wp * s.c, row, row_bytes);
+}
+
+template <class T, Activation act, bool residual>
+static void forward_rows_as(const RowTask& task, const ChannelParameters& p, int64_t n, int64_t first, int64_t last) {
+  const Shape& s = task.shape;
+  T* picture = static_cast<T*>(task.y) + n * s.padded_h() * s.padded_w() * s.c;
+  // Backwards: the rows that the statistics read last are still in the cache.
+  for (int64_t h = last - 1; h >= first; --h) {
+    const T* x = static_cast<const T*>(task.x) + (n * s.h + h) * s.w * s.c;
+    const T* r = nullptr;
+    if constexpr (residual) {
+      r = static_cast<const T*>(task.residual) + n * task.residual_pitch.image + h * task.residual_pitch.row;
+    }
+    T* y = picture + ((h + s.pad) * s.padded_w() + s.pad) * s.c;
+    const int64_t r_pixel = task.residual_pitch.pixel;
+    int64_t w = 0;
+    for (; w + 4 <= s.w; w += 4) {
+      forward_pixels<T, act, residual, 4>(x + w * s.c, residual ? r + w * r_pixel : r, y + w * s.c, s.c, r_pixel,
+                                          task.slope, p);
+    }
+    for (; w < s.w; ++w) {
+      forward_pixels<T, act, residual, 1>(x + w * s.c, residual ? r + w * r_pixel : r, y + w * s.c, s.c, r_pixel,
+                                          task.slope, p);
+    }
+    reflect_row(picture, h, s);
+  }
+}
+
+template <class T>
+static void forward_rows(const RowTask& task, const ChannelParameters& p, int64_t n, int64_t first, int64_t last) {
+  const bool residual = task.residual != nullptr;
+  switch (task.activation) {
+    case Activation::none:
+      return residual ? forward_rows_as<T, Activation::none, true>(task, p, n, first, last)
+                      : forward_rows_as<T, Activation::none, false>(task, p, n, first, last);
+    case Activation::relu:
+      return residual ? forward_rows_as<T, Activation::relu, true>(task, p, n, first, last)
+                      : forward_rows_as<T, Activation::relu, false>(task, p, n, first, last);
+    case Activation::leaky_relu:
+      return residual ? forward_rows_as<T, Activation::leaky_relu, true>(task, p, n, first, last)
+                      : forward_rows_as<T, Activation::leaky_relu, false>(task, p, n, first, last);
+  }
+}
+
+// The gradient of unpadded pixels: where it lies in grad_y with one source each, or folded in float32.
+template <class T>
+struct Direct {
+  const T* grad;
+  int64_t c;
+  template <bool Whole>
+  inline Pair get(int64_t pixel, int64_t channel, int64_t count) const {
+    return load_group<Whole>(grad + pixel * c + channel, count);
+  }
+  inline void prefetch(int64_t element) const { __builtin_prefetch(grad + element); }
+  inline void prefetch_ahead(int64_t pixel, int64_t channel) const { prefetch_read(grad + pixel * c + channel); }
+};
+
+struct Folded {
+  const float* grad;
+  int64_t lanes;
+  template <bool Whole>
+  inline Pair get(int64_t pixel, int64_t channel, int64_t) const {
+    return load_lanes(grad + pixel * lanes + channel);
+  }
+  inline void prefetch(int64_t) const {}
+  inline void prefetch_ahead(int64_t, int64_t) const {}
+};
+
+// The sum over all places where pixels [first, first + pixels) of a row stand in the padded gradient.
+template <class T>
+static void fold(const T* grad, const Shape& s, int64_t lanes, const int64_t* rows, int row_count, int64_t first,
+                 int64_t pixels, float* scratch) {
+  for (int64_t i = 0; i < pixels; ++i) {
+    int64_t columns[3];
+    const int column_count = padded_positions(first + i, s.w, s.pad, columns);
+    for_each_group(s.c, [&](int64_t channel, auto whole, int64_t count) {
+      Pair sum = zeros();
+      for (int r = 0; r < row_count; ++r) {
+        for (int k = 0; k < column_count; ++k) {
+          const T* at = grad + (rows[r] * s.padded_w() + columns[k]) * s.c + channel;
+          const Pair v = load_group<decltype(whole)::value>(at, count);
+          sum.a += v.a;
+          sum.b += v.b;
+        }
+      }
+      store_lanes(scratch + i * lanes + channel, sum);
+    });
+  }
+}
+
+// Calls run(first, pixels, gradient) for the pixels of row h from left to right.
+template <class T, class Run>
+static inline void for_each_run(const RowTask& task, int64_t n, int64_t h, float* scratch, Run run) {
+  const Shape& s = task.shape;
+  const T* grad = static_cast<const T*>(task.grad_y) + n * s.padded_h() * s.padded_w() * s.c;
+  int64_t rows[3];
+  const int row_count = padded_positions(h, s.h, s.pad, rows);
+  const auto direct = [&](int64_t first, int64_t last) {
+    run(first, last - first, Direct<T>{grad + (rows[0] * s.padded_w() + first + s.pad) * s.c, s.c});
+  };
+  const auto folded = [&](int64_t first, int64_t last) {
+    for (; first < last; first += fold_pixels) {
+      const int64_t pixels = smaller(fold_pixels, last - first);
+      fold(grad, s, task.lanes, rows, row_count, first, pixels, scratch);
+      run(first, pixels, Folded{scratch, task.lanes});
+    }
+  };
+  if (s.pad == 0) {
+    direct(0, s.w);
+  } else if (row_count > 1 || s.w < 2 * s.pad + 2) {
+    folded(0, s.w);
+  } else {
+    direct(0, 1);
+    folded(1, s.pad + 1);
+    if (s.w > 2 * s.pad + 2) direct(s.pad + 1, s.w - 1 - s.pad);
+    folded(s.w - 1 - s.pad, s.w - 1);
+    direct(s.w - 1, s.w);
+  }
+}
+
+template <class T, Activation act, bool Whole, class Gradient>
+static inline void sum_group(const T* x, const Gradient& gradient, int64_t c, int64_t first, int64_t pixels,
+                             int64_t channel, int64_t count, float slope, const ChannelParameters& p, float* sum,
+                             float* sum_x) {
+  const Pair mean = load_lanes(p.mean + channel), scale = load_lanes(p.scale + channel);
+  const Pair shift = load_lanes(p.shift + channel);
+  Pair plain = load_lanes(sum + channel), product = load_lanes(sum_x + channel);
+  for (int64_t i = first; i < first + pixels; ++i) {
+    // This group's share of the next block comes, in order, while this one is summed.
+    const int64_t next = (first + pixels) * c + channel * pixels + (i - first) * group;
+    __builtin_prefetch(x + next);
+    gradient.prefetch(next);
+    const Pair v = load_group<Whole>(x + i * c + channel, count);
+    Pair d = gradient.template get<Whole>(i, channel, count);
+    const Vec a = v.a - mean.a, b = v.b - mean.b;
+    d.a = activation_gradient<act>(d.a, a * scale.a + shift.a, slope);
+    d.b = activation_gradient<act>(d.b, b * scale.b + shift.b, slope);
+    plain.a += d.a;
+    plain.b += d.b;
+    product.a += d.a * a;
+    product.b += d.b * b;
+  }
+  store_lanes(sum + channel, plain);
+  store_lanes(sum_x + channel, product);
+}
+
+template <class T, Activation act>
+static void gradient_sums_as(const RowTask& task, const ChannelParameters& p, int64_t n, int64_t first, int64_t last,
+                             float* scratch, float* sum, float* sum_x) {
+  const Shape& s = task.shape;
+  for (int64_t i = 0; i < task.lanes; ++i) sum[i] = sum_x[i] = 0.0f;
+  const int64_t block = block_pixels<T>(s.c);
+  for (int64_t h = first; h < last; ++h) {
+    const T* row = static_cast<const T*>(task.x) + (n * s.h + h) * s.w * s.c;
+    for_each_run<T>(task, n, h, scratch, [&](int64_t start, int64_t pixels, const auto& gradient) {
+      const T* x = row + start * s.c;
+      for (int64_t at = 0; at < pixels; at += block) {
+        const int64_t some = smaller(block, pixels - at);
+        for_each_group(s.c, [&](int64_t channel, auto whole, int64_t count) {
+          sum_group<T, act, decltype(whole)::value>(x, gradient, s.c, at, some, channel, count, task.slope, p, sum,
+                                                    sum_x);
+        });
+      }
+    });
+  }
+}
+
+template <class T>
+static void gradient_sums(const RowTask& task, const ChannelParameters& p, int64_t n, int64_t first, int64_t last,
+                          float* scratch, float* sum, float* sum_x) {
+  switch (task.activation) {
+    case Activation::none:
+      return gradient_sums_as<T, Activation::none>(task, p, n, first, last, scratch, sum, sum_x);
+    case Activation::relu:
+      return gradient_sums_as<T, Activation::relu>(task, p, n, first, last, scratch, sum, sum_x);
+    case Activation::leaky_relu:
+      return gradient_sums_as<T, Activation::leaky_relu>(task, p, n, first, last, scratch, sum, sum_x);
+  }
+}
+
+template <class T, Activation act, bool residual, class Gradient>
+static inline void gradient_pixels(const T* x, const Gradient& gradient, T* grad_x, T* grad_residual, int64_t c,
+                                   int64_t first, int64_t pixels, float slope, const ChannelParameters& p) {
+  for_each_group(c, [&](int64_t channel, auto whole, int64_t count) {
+    constexpr bool Whole = decltype(whole)::value;
+    const Pair mean = load_lanes(p.mean + channel), scale = load_lanes(p.scale + channel);
+    const Pair shift = load_lanes(p.shift + channel), constant = load_lanes(p.constant + channel);
+    const Pair tilt = load_lanes(p.slope + channel);
+    for (int64_t i = first; i < first + pixels; ++i) {
+      prefetch_read(x + i * c + channel);
+      gradient.prefetch_ahead(i, channel);
+      prefetch_write(grad_x + i * c + channel);
+      const Pair v = load_group<Whole>(x + i * c + channel, count);
+      Pair d = gradient.template get<Whole>(i, channel, count);
+      if constexpr (residual) {
+        prefetch_write(grad_residual + i * c + channel);
+        store_group<Whole>(grad_residual + i * c + channel, d, count);
+      }
+      const Vec a = v.a - mean.a, b = v.b - mean.b;
+      d.a = activation_gradient<act>(d.a, a * scale.a + shift.a, slope);
+      d.b = activation_gradient<act>(d.b, b * scale.b + shift.b, slope);
+      d.a = scale.a * d.a + (tilt.a * a + constant.a);
+      d.b = scale.b * d.b + (tilt.b * b + constant.b);
+      store_group<Whole>(grad_x + i * c + channel, d, count);
+    }
+  });
+}
+
+template <class T, Activation act, bool residual>
+static void gradient_rows_as(const RowTask& task, const ChannelParameters& p, int64_t n, int64_t first, int64_t last,
+                             float* scratch) {
+  const Shape& s = task.shape;
+  // Backwards, as in forward_rows_as.
+  for (int64_t h = last - 1; h >= first; --h) {
+    const int64_t row = (n * s.h + h) * s.w;
+    for_each_run<T>(task, n, h, scratch, [&](int64_t start, int64_t pixels, const auto& gradient) {
+      const int64_t offset = (row + start) * s.c;
+      const T* x = static_cast<const T*>(task.x) + offset;
+      T* grad_x = static_cast<T*>(task.grad_x) + offset;
+      T* grad_residual = residual ? static_cast<T*>(task.grad_residual) + offset : nullptr;
+      int64_t i = 0;
+      for (; i + 4 <= pixels; i += 4) {
+        gradient_pixels<T, act, residual>(x, gradient, grad_x, grad_residual, s.c, i, 4, task.slope, p);
+      }
+      if (i < pixels) {
+        gradient_pixels<T, act, residual>(x, gradient, grad_x, grad_residual, s.c, i, pixels - i, task.slope, p);
+      }
+    });
+  }
+}
+
+template <class T>
+static void gradient_rows(const RowTask& task, const ChannelParameters& p, int64_t n, int64_t first, int64_t last,
+                          float* scratch) {
+  const bool residual = task.grad_residual != nullptr;
+  switch (task.activation) {
+    case Activation::none:
+      return residual ? gradient_rows_as<T, Activation::none, true>(task, p, n, first, last, scratch)
+                      : gradient_rows_as<T, Activation::none, false>(task, p, n, first, last, scratch);
+    case Activation::relu:
+      return residual ? gradient_rows_as<T, Activation::relu, true>(task, p, n, first, last, scratch)
+                      : gradient_rows_as<T, Activation::relu, false>(task, p, n, first, last, scratch);
+    case Activation::leaky_relu:
+      return residual ? gradient_rows_as<T, Activation::leaky_relu, true>(task, p, n, first, last, scratch)
+                      : gradient_rows_as<T, Activation::leaky_relu, false>(task, p, n, first, last, scratch);
+  }
+}
+
+template <class T>
+constexpr Kernels kernels_for(bool interleaved) {
+  return {group, interleaved, statistics<T>, forward_rows<T>, gradient_sums<T>, gradient_rows<T>};
+}
+
+constexpr Kernels table[2] = {kernels_for<float>(false), kernels_for<BFloat16>(interleaved_bfloat16)};
+
+}  // namespace
+
+const Kernels* const CYCLEGAN_KERNELS = table;
+
+}  // namespace cyclegan

@@ -1,0 +1,133 @@
+// Vectors of floats on the compiler's vector extensions: one source for every instruction set. Included by
+// instance_norm_kernels.inl only, inside a namespace that each instruction set has to itself; everything is static, so
+// that nothing compiled for a newer machine can be linked into what an older one runs.
+
+#if defined(__AVX512F__)
+constexpr int width = 16;
+#elif defined(__AVX2__)
+constexpr int width = 8;
+#else
+constexpr int width = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * width)));
+typedef uint32_t Bits __attribute__((vector_size(4 * width)));
+
+// Two vectors: what one load of 2 * width channels gives.
+struct Pair {
+  Vec a, b;
+};
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <class T>
+static inline T load_raw(const void* p) {
+  T value;
+  __builtin_memcpy(&value, p, sizeof(T));
+  return value;
+}
+
+template <class T>
+static inline void store_raw(void* p, T value) {
+  __builtin_memcpy(p, &value, sizeof(T));
+}
+
+static inline Vec broadcast(float value) { return Vec{} + value; }
+
+static inline Pair zeros() { return {Vec{}, Vec{}}; }
+
+// Vectors in lane order: statistics, parameters, folded gradients.
+static inline Pair load_lanes(const float* p) { return {load_raw<Vec>(p), load_raw<Vec>(p + width)}; }
+
+static inline void store_lanes(float* p, Pair v) {
+  store_raw(p, v.a);
+  store_raw(p + width, v.b);
+}
+
+// float32 in memory is in lane order already.
+static inline Pair load(const float* p) { return load_lanes(p); }
+
+static inline void store(float* p, Pair v) { store_lanes(p, v); }
+
+// The larger of two vectors, `b` where either is a NaN. Compilers do not see that this is one instruction.
+static inline Vec maximum(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+static inline Vec as_float(Bits bits) { return (Vec)bits; }
+
+// bfloat16 bits in the upper half of each lane, rounded to nearest even. A NaN keeps its sign and stays one, because
+// the numbers that meet here carry zeros in the lower half of a NaN (the driver sees to the parameters).
+static inline Bits round_bfloat16(Vec v) {
+  const Bits bits = (Bits)v;
+  return bits + ((bits >> 16) & 1u) + 0x7fffu;
+}
+
+#if defined(CYCLEGAN_AVX512_BF16)
+// One instruction converts 32 numbers in order, so nothing is interleaved.
+constexpr bool interleaved_bfloat16 = false;
+
+typedef uint16_t HalfBits __attribute__((vector_size(2 * width)));
+
+static inline Pair load(const BFloat16* p) {
+  const Bits a = __builtin_convertvector(load_raw<HalfBits>(p), Bits);
+  const Bits b = __builtin_convertvector(load_raw<HalfBits>(p + width), Bits);
+  return {as_float(a << 16), as_float(b << 16)};
+}
+
+static inline void store(BFloat16* p, Pair v) { store_raw(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)v.b, (__m512)v.a)); }
+#else
+// A 32-bit lane holds two neighbouring channels. Splitting it into the even and the odd one costs a shift and a mask
+// and no shuffle; so does putting them together again.
+constexpr bool interleaved_bfloat16 = true;
+
+static inline Pair load(const BFloat16* p) {
+  const Bits both = load_raw<Bits>(p);
+  return {as_float(both << 16), as_float(both & 0xffff0000u)};
+}
+
+static inline void store(BFloat16* p, Pair v) {
+  store_raw(p, (round_bfloat16(v.a) >> 16) | (round_bfloat16(v.b) & 0xffff0000u));
+}
+#endif
+
+constexpr int group = 2 * width;
+
+// The last, incomplete group of a pixel, with zeros behind it.
+template <class T>
+static inline Pair load_some(const T* p, int64_t count) {
+  T buffer[group] = {};
+  __builtin_memcpy(buffer, p, static_cast<size_t>(count) * sizeof(T));
+  return load(buffer);
+}
+
+template <class T>
+static inline void store_some(T* p, Pair v, int64_t count) {
+  T buffer[group];
+  store(buffer, v);
+  __builtin_memcpy(p, buffer, static_cast<size_t>(count) * sizeof(T));
+}
+
+// A group that is whole if `Whole`, else `count` channels of one.
+template <bool Whole, class T>
+static inline Pair load_group(const T* p, int64_t count) {
+  if constexpr (Whole) return load(p);
+  return load_some(p, count);
+}
+
+template <bool Whole, class T>
+static inline void store_group(T* p, Pair v, int64_t count) {
+  if constexpr (Whole) {
+    store(p, v);
+  } else {
+    store_some(p, v, count);
+  }
+}

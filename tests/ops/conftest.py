@@ -1,0 +1,65 @@
+"""Tests of fused operations: Triton's interpreter where there is no GPU, and memory that is never clean by chance."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton looks when it is first imported, parts of its own library included.
+    assert "triton" not in sys.modules or os.environ.get("TRITON_INTERPRET") == "1", (
+        "triton came before its interpreter"
+    )
+    os.environ["TRITON_INTERPRET"] = "1"
+else:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses deterministic mode
+
+
+def _mend_interpreter() -> None:
+    """Let Triton's interpreter convert between float32 and bfloat16 as GPUs do: rounding to the nearest, ties to even.
+
+    It truncates otherwise, an error twice as large that always goes the same way (triton 3.6, 3.7).
+    """
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def mended(data: np.ndarray, source: Any, target: Any, rounding_mode: Any) -> np.ndarray:
+        if source == tl.float32 and target == tl.bfloat16:
+            rounded = torch.from_numpy(np.ascontiguousarray(data)).to(torch.bfloat16)
+            return rounded.view(torch.int16).numpy().view(np.uint16)
+        if source == tl.bfloat16 and target == tl.float32:
+            return (data.astype(np.uint32) << 16).view(np.float32)
+        return convert(data, source, target, rounding_mode)
+
+    interpreter._convert_float = mended
+
+
+if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+    _mend_interpreter()
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """Fresh memory holds NaN (the largest number, for integers), so that what a kernel forgets to write is seen.
+
+    PyTorch does that itself in deterministic mode, in C++ as well as in Python.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Deterministic mode is here for its memory; that a library's kernel is not deterministic is not this test's matter.
+    for item in items:
+        item.add_marker(pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation:UserWarning"))
