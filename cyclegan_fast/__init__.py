@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cyclegan_fast.version import __version__
 
 if TYPE_CHECKING:
+    from cyclegan_fast import ops
     from cyclegan_fast.config import Config, ConfigError, load_config
     from cyclegan_fast.errors import InputError
     from cyclegan_fast.inference.translate import Translator, load
@@ -31,6 +32,7 @@ __all__ = [
     "__version__",
     "load",
     "load_config",
+    "ops",
     "train",
 ]
 
@@ -50,6 +52,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return importlib.import_module(f"{__name__}.ops")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from cyclegan_fast.data.store import default_cache
 from cyclegan_fast.device import resolve_device, resolve_precision
+from cyclegan_fast.ops import _launch, _native, _verify
 from cyclegan_fast.version import __version__
 
 _PACKAGES = ("numpy", "pillow", "pillow-heif", "pyyaml", "tensorboard", "matplotlib", "tqdm", "triton")
@@ -25,6 +26,7 @@ def report() -> str:
         "Versions": _versions(),
         "Devices": _devices(),
         "Training": _training(),
+        "Operations": _operations(),
         "Pictures": _pictures(),
         "Folders": _folders(),
     }
@@ -74,6 +76,15 @@ def _training() -> Iterator[tuple[str, str]]:
     ]
     yield "several processes", f"torchrun with {' and '.join(backends)}" if backends else "no backend in this torch"
     yield "torch.compile", _compile_state(device)
+
+
+def _operations() -> Iterator[tuple[str, str]]:
+    yield "native, CPU", "built" if _native.available() else f"not built: {_native.why_not()}"
+    yield "native, CUDA", "built" if _native.has_cuda() else f"not built: {_native.why_not(cuda=True)}"
+    yield "triton kernels", "installed" if _launch.HAS_TRITON else "need triton: pip install triton"
+    for row in _verify.report():
+        state = {True: "verified", False: "NOT USED", None: "not run"}[row.ok]
+        yield f"{row.op}", f"{row.impl} on {row.device}: {state}, {row.detail}"
 
 
 def _pictures() -> Iterator[tuple[str, str]]:

@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+# Before anything imports Triton: without a GPU its kernels run in the interpreter, on CPU tensors.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Two cores are shared by the test processes; one thread each is faster than two that wait for one another, and
 # makes reductions repeatable whatever the machine.
 torch.set_num_threads(1)
