@@ -42,6 +42,7 @@ demo: setup
 	@echo "  datasets/flowers/truthB/      what the translations should look like"
 
 test: setup
+	$(BIN)/python setup.py --quiet build_ext --inplace  # the native operations, where they can be built
 	$(BIN)/python -m pytest -n 2 tests
 
 check: setup

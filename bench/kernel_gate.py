@@ -21,6 +21,7 @@ registers than the architecture has. Results are kept in build/ by a hash of eve
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import importlib
 import json
@@ -165,8 +166,20 @@ def _key(case: Sequence[Any], arch: int) -> str:
     import triton
 
     _, function, signature, constants, warps, stages, *_ = case
-    parts = (function.cache_key, signature, constants, warps, stages, arch, triton.__version__, _COUNTING)
+    sources = _sources(sys.modules[function.fn.__module__].__file__ or "")
+    parts = (function.__name__, sources, signature, constants, warps, stages, arch, triton.__version__, _COUNTING)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+@functools.lru_cache
+def _sources(file: str) -> str:
+    """Hash of a kernel's file and of all that hold kernels, which may call one another.
+
+    Triton's own `cache_key` will not do: it depends on which kernels were hashed before it.
+    """
+    folder = ROOT / "cyclegan_fast" / "ops"
+    texts = [path.read_bytes() for path in (Path(file), *sorted(folder.glob("*.py")))]
+    return hashlib.sha256(b"\0".join(text for text in texts if b"triton.jit" in text)).hexdigest()
 
 
 def compile_all(cases: Sequence[Case]) -> dict[str, Result]:

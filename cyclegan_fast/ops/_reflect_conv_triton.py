@@ -331,10 +331,15 @@ def thin_out(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, activ
             *_weight_strides(weight, thin_first=not full),
             *(thin, c, size, size - 1 if full else padding, full, bias is not None, activation, "ieee"),
             *(_OUT_ROWS, _contraction(c, x.dtype), _THIN, _TAP_COLUMNS),
-            num_warps=4,
+            num_warps=_out_warps(x.dtype == torch.float32),
             num_stages=3,
         )
     return y
+
+
+def _out_warps(float32: bool) -> int:
+    """Warps of the thin output kernel: without tensor cores, 4 spill registers on sm_120."""
+    return 8 if float32 else 4
 
 
 def thin_weight_grad(thin: Tensor, wide: Tensor, size: int, padding: int, *, full: bool) -> tuple[Tensor, Tensor]:
@@ -398,7 +403,7 @@ def _thin_cases(dtype: str, channels: int, full: bool) -> list[Case]:
     tile |= {"SLOTS": _THIN, "TAPS": _TAP_COLUMNS}
     pointers = dict.fromkeys(("x", "weight", "y"), f"*{dtype}") | bias
     name = f"{dtype} 7x7 64->{channels} {'stem input grad' if full else 'head'}"
-    cases.append(gate_case(name, _thin_out_kernel, pointers, flags | tile, 4, 3, cores))
+    cases.append(gate_case(name, _thin_out_kernel, pointers, flags | tile, _out_warps(not cores), 3, cores))
     tile = {"PAD": 3, "ROWS": 49 * channels + 1, "BLOCK_R": _GRAD_ROWS, "BLOCK_N": 64, "BLOCK_K": _GRAD_POSITIONS}
     pointers = {"thin": f"*{dtype}", "wide": f"*{dtype}", "partial": "*fp32"}
     name = f"{dtype} 7x7 {channels}, 64 {'head' if full else 'stem'} weight grad"
