@@ -23,7 +23,7 @@ DType dtype_of(const Tensor& x) {
 void* current_stream(const Tensor& x) {
   STD_TORCH_CHECK(&aoti_torch_get_current_cuda_stream != nullptr, "this build of torch has no CUDA");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   return stream;
 }
 

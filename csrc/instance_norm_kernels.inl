@@ -22,7 +22,7 @@ constexpr int64_t block_bytes = 4 * 1024;
 template <class T>
 static inline int64_t block_pixels(int64_t c) {
   const int64_t pixels = block_bytes / (c * static_cast<int64_t>(sizeof(T)));
-  return pixels < 4 ? 4 : pixels;
+  return pixels < 16 ? 16 : pixels;
 }
 
 // The passes that stream ask for what they will need in a while; the hardware's own guesses stop at every page.
@@ -256,17 +256,18 @@ struct Folded {
   inline void prefetch_ahead(int64_t, int64_t) const {}
 };
 
-// The sum over all places where pixels [first, first + pixels) of a row stand in the padded gradient.
+// The sum over all places where pixels [first, first + pixels) of a row stand in the padded gradient, or over all but
+// the pixels themselves.
 template <class T>
 static void fold(const T* grad, const Shape& s, int64_t lanes, const int64_t* rows, int row_count, int64_t first,
-                 int64_t pixels, float* scratch) {
+                 int64_t pixels, bool mirrored_only, float* scratch) {
   for (int64_t i = 0; i < pixels; ++i) {
     int64_t columns[3];
     const int column_count = padded_positions(first + i, s.w, s.pad, columns);
     for_each_group(s.c, [&](int64_t channel, auto whole, int64_t count) {
       Pair sum = zeros();
       for (int r = 0; r < row_count; ++r) {
-        for (int k = 0; k < column_count; ++k) {
+        for (int k = mirrored_only && r == 0 ? 1 : 0; k < column_count; ++k) {
           const T* at = grad + (rows[r] * s.padded_w() + columns[k]) * s.c + channel;
           const Pair v = load_group<decltype(whole)::value>(at, count);
           sum.a += v.a;
@@ -278,34 +279,27 @@ static void fold(const T* grad, const Shape& s, int64_t lanes, const int64_t* ro
   }
 }
 
-// Calls run(first, pixels, gradient) for the pixels of row h from left to right.
-template <class T, class Run>
+// Calls run(first, pixels, gradient) for row h. A row that mirrors no other goes as one long run on grad_y itself; its
+// few columns with mirror images follow, either again with their whole gradient (`add` false: what a run writes is
+// overwritten), or with what their images add to it (`add` true: runs are summed).
+template <bool add, class T, class Run>
 static inline void for_each_run(const RowTask& task, int64_t n, int64_t h, float* scratch, Run run) {
   const Shape& s = task.shape;
   const T* grad = static_cast<const T*>(task.grad_y) + n * s.padded_h() * s.padded_w() * s.c;
   int64_t rows[3];
   const int row_count = padded_positions(h, s.h, s.pad, rows);
-  const auto direct = [&](int64_t first, int64_t last) {
-    run(first, last - first, Direct<T>{grad + (rows[0] * s.padded_w() + first + s.pad) * s.c, s.c});
-  };
-  const auto folded = [&](int64_t first, int64_t last) {
+  const auto folded = [&](int64_t first, int64_t last, bool mirrored_only) {
     for (; first < last; first += fold_pixels) {
       const int64_t pixels = smaller(fold_pixels, last - first);
-      fold(grad, s, task.lanes, rows, row_count, first, pixels, scratch);
+      fold(grad, s, task.lanes, rows, row_count, first, pixels, mirrored_only, scratch);
       run(first, pixels, Folded{scratch, task.lanes});
     }
   };
-  if (s.pad == 0) {
-    direct(0, s.w);
-  } else if (row_count > 1 || s.w < 2 * s.pad + 2) {
-    folded(0, s.w);
-  } else {
-    direct(0, 1);
-    folded(1, s.pad + 1);
-    if (s.w > 2 * s.pad + 2) direct(s.pad + 1, s.w - 1 - s.pad);
-    folded(s.w - 1 - s.pad, s.w - 1);
-    direct(s.w - 1, s.w);
-  }
+  // In a row shorter than this a pixel may have images on both sides.
+  if (s.pad > 0 && (row_count > 1 || s.w < 2 * s.pad + 2)) return folded(0, s.w, false);
+  run(0, s.w, Direct<T>{grad + (rows[0] * s.padded_w() + s.pad) * s.c, s.c});
+  folded(1, s.pad + 1, add);
+  folded(s.w - 1 - s.pad, s.w - 1, add);
 }
 
 template <class T, Activation act, bool Whole, class Gradient>
@@ -342,7 +336,7 @@ static void gradient_sums_as(const RowTask& task, const ChannelParameters& p, in
   const int64_t block = block_pixels<T>(s.c);
   for (int64_t h = first; h < last; ++h) {
     const T* row = static_cast<const T*>(task.x) + (n * s.h + h) * s.w * s.c;
-    for_each_run<T>(task, n, h, scratch, [&](int64_t start, int64_t pixels, const auto& gradient) {
+    for_each_run<true, T>(task, n, h, scratch, [&](int64_t start, int64_t pixels, const auto& gradient) {
       const T* x = row + start * s.c;
       for (int64_t at = 0; at < pixels; at += block) {
         const int64_t some = smaller(block, pixels - at);
@@ -403,7 +397,7 @@ static void gradient_rows_as(const RowTask& task, const ChannelParameters& p, in
   // Backwards, as in forward_rows_as.
   for (int64_t h = last - 1; h >= first; --h) {
     const int64_t row = (n * s.h + h) * s.w;
-    for_each_run<T>(task, n, h, scratch, [&](int64_t start, int64_t pixels, const auto& gradient) {
+    for_each_run<false, T>(task, n, h, scratch, [&](int64_t start, int64_t pixels, const auto& gradient) {
       const int64_t offset = (row + start) * s.c;
       const T* x = static_cast<const T*>(task.x) + offset;
       T* grad_x = static_cast<T*>(task.grad_x) + offset;

@@ -95,7 +95,12 @@ static inline Pair load(const BFloat16* p) {
 }
 
 static inline void store(BFloat16* p, Pair v) {
-  store_raw(p, (round_bfloat16(v.a) >> 16) | (round_bfloat16(v.b) & 0xffff0000u));
+  const Bits even = round_bfloat16(v.a) >> 16, odd = round_bfloat16(v.b);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  store_raw(p, _mm256_blend_epi16((__m256i)even, (__m256i)odd, 0xaa));
+#else
+  store_raw(p, even | (odd & 0xffff0000u));
+#endif
 }
 #endif
 
