@@ -251,13 +251,31 @@ def _in_processes(render: partial[None], jobs: list[tuple[str, int]], workers: i
     # Spawned, not forked: the caller may hold threads, locks and a CUDA context.
     pool = ProcessPoolExecutor(min(workers, len(jobs)), mp_context=multiprocessing.get_context("spawn"))
     try:
-        yield from pool.map(render, jobs, chunksize=max(1, min(16, len(jobs) // (4 * workers))))
+        with _one_blas_thread():
+            results = pool.map(render, jobs, chunksize=max(1, min(16, len(jobs) // (4 * workers))))
+        yield from results
     except BrokenProcessPool:
         raise DataError(
             "synthetic flowers: a rendering process died, for want of memory perhaps: use fewer workers"
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _one_blas_thread() -> Iterator[None]:
+    """Processes started inside get one BLAS thread each: there is one of them a core, more would only get in its way."""
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _render_job(folder: str, seed: int, size: int, job: tuple[str, int]) -> None:
