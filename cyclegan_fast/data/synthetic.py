@@ -264,7 +264,7 @@ def _in_processes(render: partial[None], jobs: list[tuple[str, int]], workers: i
 
 @contextmanager
 def _one_blas_thread() -> Iterator[None]:
-    """Processes started inside get one BLAS thread each: there is one of them a core, more would only get in its way."""
+    """Processes started inside get one BLAS thread each: there is one of them a core already."""
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(dict.fromkeys(names, "1"))
