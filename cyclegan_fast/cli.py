@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status."""
     parser = _parser()
     arguments = parser.parse_args(argv)
-    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    level = logging.INFO if _is_main() else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
     try:
         status: int = arguments.run(arguments)
@@ -42,6 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return status
+
+
+def _is_main() -> bool:
+    """Whether this process speaks to the user: under torchrun the first, and asked before torch is loaded."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -148,7 +153,7 @@ def _train(arguments: argparse.Namespace) -> int:
         print(reference_page(), end="")
         return 0
     config, resume = _train_config(arguments)
-    if os.environ.get("RANK", "0") == "0":
+    if _is_main():
         print(to_yaml(config), flush=True)
 
     from cyclegan_fast.training.trainer import Interrupted, NonFiniteLossError, train
@@ -161,7 +166,7 @@ def _train(arguments: argparse.Namespace) -> int:
     except NonFiniteLossError as error:
         print(f"cyclegan-fast: {error}", file=sys.stderr)
         return 3
-    if os.environ.get("RANK", "0") == "0":
+    if _is_main():
         print(f"done: {run_dir}")
     return 0
 

@@ -11,7 +11,8 @@ import torch
 from cyclegan_fast.errors import InputError
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# The type that a resolved precision casts to; the others cast nothing.
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(device: str) -> torch.device:
@@ -64,8 +65,8 @@ def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
     torch lets cuDNN round fp32 convolutions to TF32 by default; here fp32 means fp32. The switch belongs to the whole
     process, so what stood there is put back afterwards, and CPU devices never touch it.
     """
-    if precision in _AUTOCAST:
-        with torch.autocast(device.type, dtype=_AUTOCAST[precision]):
+    if precision in AUTOCAST:
+        with torch.autocast(device.type, dtype=AUTOCAST[precision]):
             yield
         return
     if device.type != "cuda":

@@ -14,7 +14,7 @@ import torch
 
 from cyclegan_fast import distributed
 from cyclegan_fast.config import Config
-from cyclegan_fast.device import arithmetic, resolve_precision
+from cyclegan_fast.device import AUTOCAST, arithmetic, resolve_precision
 
 
 @dataclass
@@ -60,7 +60,7 @@ def process_settings(config: Config, device: torch.device) -> Iterator[None]:
     torch.backends.cudnn.benchmark = not config.training.deterministic
     try:
         # Autocast is the step's own affair; here only the switch between fp32 and TF32 convolutions is set.
-        with contextlib.nullcontext() if precision in ("bf16", "fp16") else arithmetic(precision, device):
+        with contextlib.nullcontext() if precision in AUTOCAST else arithmetic(precision, device):
             yield
     finally:
         torch.set_num_threads(threads)

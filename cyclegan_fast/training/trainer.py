@@ -24,7 +24,7 @@ from torch.amp.grad_scaler import GradScaler
 from cyclegan_fast import distributed
 from cyclegan_fast.config import Config, ConfigError, to_dict, to_yaml
 from cyclegan_fast.data.loader import Batch, TrainingData, open_training_data
-from cyclegan_fast.device import resolve_device, resolve_precision
+from cyclegan_fast.device import AUTOCAST, resolve_device, resolve_precision
 from cyclegan_fast.errors import InputError
 from cyclegan_fast.evaluation.figures import curves_figure
 from cyclegan_fast.models import build_discriminators, build_generators
@@ -41,7 +41,6 @@ from cyclegan_fast.version import __version__
 logger = logging.getLogger("cyclegan_fast.train")
 
 NETWORKS = ("G_A", "G_B", "D_A", "D_B")
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Streams of random numbers beside those of the pools, which take 0 (domain A) and 1 (domain B).
 _ALPHA_A, _ALPHA_B = 2, 3
 # A resumed run may differ from its checkpoint in these; anything else would make it another experiment.
@@ -418,7 +417,7 @@ def _build_state(
             gradient_penalty=loss.gradient_penalty if loss.gan == "wgangp" else 0.0,
             own_gradient=loss.generator_gradient == "own",
         ),
-        autocast=_AUTOCAST.get(precision),
+        autocast=AUTOCAST.get(precision),
         scaler=GradScaler(device.type, enabled=precision == "fp16"),
         reduce=distributed.average_gradients if distributed.world_size() > 1 else None,
     )
