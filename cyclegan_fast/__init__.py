@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cyclegan_fast.config import Config, ConfigError, load_config
     from cyclegan_fast.errors import InputError
     from cyclegan_fast.inference.translate import Translator, load
-    from cyclegan_fast.models.reference import PatchDiscriminator, PixelDiscriminator, ResnetGenerator
+    from cyclegan_fast.models.fused import PatchDiscriminator, PixelDiscriminator, ResnetGenerator
     from cyclegan_fast.training.trainer import train
 
 __all__ = [
@@ -41,9 +41,9 @@ _HOMES = {
     "Config": "config",
     "ConfigError": "config",
     "InputError": "errors",
-    "PatchDiscriminator": "models.reference",
-    "PixelDiscriminator": "models.reference",
-    "ResnetGenerator": "models.reference",
+    "PatchDiscriminator": "models.fused",
+    "PixelDiscriminator": "models.fused",
+    "ResnetGenerator": "models.fused",
     "Translator": "inference.translate",
     "load": "inference.translate",
     "load_config": "config",

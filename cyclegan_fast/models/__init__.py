@@ -1,7 +1,7 @@
-"""The networks: `reference` defines them, `build` makes those of a configuration."""
+"""The networks: `reference` defines them, `fused` runs them fast, `build` makes those of a configuration."""
 
 from cyclegan_fast.models.build import Discriminator, build_discriminators, build_generators
-from cyclegan_fast.models.reference import PatchDiscriminator, PixelDiscriminator, ResnetGenerator
+from cyclegan_fast.models.fused import PatchDiscriminator, PixelDiscriminator, ResnetGenerator
 
 __all__ = [
     "Discriminator",

@@ -116,11 +116,15 @@ class SameConv2d(nn.Conv2d):
     """Convolution with TensorFlow's "same" zero padding: ceil(size / stride) outputs, the odd zero right and below."""
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.same(x, self.bias)
+
+    def same(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution with this bias instead of its own."""
         top, bottom = _same_padding(x.shape[2], self.kernel_size[0], self.stride[0])
         left, right = _same_padding(x.shape[3], self.kernel_size[1], self.stride[1])
         if top == bottom and left == right:
-            return F.conv2d(x, self.weight, self.bias, self.stride, (top, left))
-        return F.conv2d(F.pad(x, (left, right, top, bottom)), self.weight, self.bias, self.stride)
+            return F.conv2d(x, self.weight, bias, self.stride, (top, left))
+        return F.conv2d(F.pad(x, (left, right, top, bottom)), self.weight, bias, self.stride)
 
 
 def _same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
@@ -218,10 +222,15 @@ class ResnetGenerator(nn.Module):
         _check_input(x, self.in_channels, "ResnetGenerator")
         height, width = x.shape[2], x.shape[3]
         extended = _extend(_extend(x, dim=2), dim=3)
-        y: Tensor = self.model(extended)
+        y = self._layers(extended)
         if extended is x:
             return y
         return y[:, :, :height, :width]
+
+    def _layers(self, x: Tensor) -> Tensor:
+        """The network on a size it can take."""
+        y: Tensor = self.model(x)
+        return y
 
 
 class PatchDiscriminator(nn.Module):
@@ -261,6 +270,9 @@ class PatchDiscriminator(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         _check_input(x, self.in_channels, "PatchDiscriminator")
         self._check_size(x.shape[2], x.shape[3])
+        return self._layers(x)
+
+    def _layers(self, x: Tensor) -> Tensor:
         logits: Tensor = self.model(x)
         return logits
 
@@ -306,6 +318,9 @@ class PixelDiscriminator(nn.Module):
         _check_input(x, self.in_channels, "PixelDiscriminator")
         if x.shape[2] * x.shape[3] < 2:
             raise ValueError("PixelDiscriminator: a picture of 1 x 1 pixel has no variance; use larger pictures")
+        return self._layers(x)
+
+    def _layers(self, x: Tensor) -> Tensor:
         logits: Tensor = self.net(x)
         return logits
 

@@ -30,6 +30,7 @@ __all__ = [
     "IMPLEMENTATIONS",
     "INTERPRETED",
     "activation_code",
+    "default_impl",
     "is_plain",
     "multiprocessors",
     "on_device",
@@ -72,7 +73,7 @@ def resolve_impl(op: str, impl: str, x: Tensor, available: Mapping[str, bool]) -
     if impl == "reference":
         return impl
     if impl == "auto":
-        return _choose(op, x.device, available)
+        return default_impl(op, x.device, available)
     reason = _obstacle(impl, x.device)
     if reason is None and not available.get(impl, False):
         reason = f"the op has no such implementation for this call ({x.dtype} on {x.device.type})"
@@ -81,7 +82,8 @@ def resolve_impl(op: str, impl: str, x: Tensor, available: Mapping[str, bool]) -
     return impl
 
 
-def _choose(op: str, device: torch.device, available: Mapping[str, bool]) -> str:
+def default_impl(op: str, device: torch.device, available: Mapping[str, bool]) -> str:
+    """What "auto" is on a device, given the implementations that the op has there."""
     # A native CUDA kernel is never chosen by itself: none has been measured to be faster yet.
     candidate = {"cuda": "triton", "cpu": "native"}.get(device.type, "reference")
     if candidate == "reference" or not available.get(candidate, False) or _obstacle(candidate, device) is not None:

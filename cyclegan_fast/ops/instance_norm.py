@@ -27,10 +27,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cyclegan_fast.ops._launch import HAS_TRITON, activation_code, is_plain, refuse_transforms, resolve_impl
+from cyclegan_fast.ops._launch import (
+    HAS_TRITON,
+    activation_code,
+    default_impl,
+    is_plain,
+    refuse_transforms,
+    resolve_impl,
+)
 from cyclegan_fast.ops._verify import register_check
 
-__all__ = ["instance_norm", "instance_norm_ref"]
+__all__ = ["instance_norm", "instance_norm_ref", "runs_kernels"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ALLOWED_ACTIVATIONS = (None, "relu", "leaky_relu")
@@ -156,9 +163,18 @@ torch.library.define(
 
 
 def _resolve(x: Tensor, impl: str) -> str:
-    native = (torch.float32, torch.bfloat16, torch.float16) if x.is_cuda else (torch.float32, torch.bfloat16)
-    available = {"triton": HAS_TRITON and x.dtype != torch.float64, "native": x.dtype in native}
-    return resolve_impl("instance_norm", impl, x, available)
+    return resolve_impl("instance_norm", impl, x, _available(x.device, x.dtype))
+
+
+def _available(device: torch.device, dtype: torch.dtype) -> dict[str, bool]:
+    native = (torch.float32, torch.bfloat16) + ((torch.float16,) if device.type == "cuda" else ())
+    return {"triton": HAS_TRITON and dtype != torch.float64, "native": dtype in native}
+
+
+@torch.compiler.assume_constant_result
+def runs_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether "auto" is a kernel there, and not the reference; the first time on a GPU this verifies the kernels."""
+    return default_impl("instance_norm", device, _available(device, dtype)) != "reference"
 
 
 def _forward(

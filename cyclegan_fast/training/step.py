@@ -83,6 +83,11 @@ class TrainState:
     autocast: torch.dtype | None = None
     scaler: GradScaler = field(default_factory=lambda: GradScaler(enabled=False))
     reduce: Callable[[Iterable[nn.Parameter]], None] | None = None
+    batched: bool = True
+    """Passes that share weights run as one batch, where the pictures' shapes allow: nothing that is computed changes,
+    because instance norm never mixes pictures, but there are fewer and larger kernels."""
+    side_stream: torch.cuda.Stream | None = None
+    """Where given, what G_B computes runs there, beside what G_A computes in the current stream."""
 
 
 class Fakes(NamedTuple):
@@ -132,18 +137,23 @@ def generator_pass(state: TrainState, real_A: Tensor, real_B: Tensor) -> tuple[T
     """The generators' loss of one micro-batch [N, C, H, W], its terms (detached) and the fakes."""
     objective = state.objective
     with _autocast(state, real_A):
-        fake_B, fake_A = state.G_A(real_A), state.G_B(real_B)
-        rec_A = state.G_B(fake_B.detach() if objective.own_gradient else fake_B)
-        rec_B = state.G_A(fake_A.detach() if objective.own_gradient else fake_A)
-        score_A, score_B = state.D_A(fake_B), state.D_B(fake_A)
-        idt_A, idt_B = (state.G_A(real_B), state.G_B(real_A)) if objective.identity else (None, None)
+        (fake_B, idt_A), (fake_A, idt_B) = _side_by_side(
+            state,
+            lambda: _translate(state, state.G_A, real_A, real_B),
+            lambda: _translate(state, state.G_B, real_B, real_A),
+        )
+        (rec_B, score_A), (rec_A, score_B) = _side_by_side(
+            state,
+            lambda: (state.G_A(fake_A.detach() if objective.own_gradient else fake_A), state.D_A(fake_B)),
+            lambda: (state.G_B(fake_B.detach() if objective.own_gradient else fake_B), state.D_B(fake_A)),
+        )
     terms = {
         "G_A": objective.gan.generator(score_A),
         "G_B": objective.gan.generator(score_B),
         "cycle_A": objective.cycle_A * l1_loss(rec_A, real_A),
         "cycle_B": objective.cycle_B * l1_loss(rec_B, real_B),
     }
-    if idt_A is not None and idt_B is not None:
+    if objective.identity:
         terms["idt_A"] = objective.identity * objective.cycle_B * l1_loss(idt_A, real_B)
         terms["idt_B"] = objective.identity * objective.cycle_A * l1_loss(idt_B, real_A)
     loss = torch.stack(list(terms.values())).sum()
@@ -151,24 +161,76 @@ def generator_pass(state: TrainState, real_A: Tensor, real_B: Tensor) -> tuple[T
     return loss, {name: term.detach() for name, term in terms.items()}, Fakes(fake_A.detach(), fake_B.detach())
 
 
+def _translate(state: TrainState, G: nn.Module, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """G(source), the fake, and G(target), which should be the target; without identity loss the fake twice."""
+    if not state.objective.identity:
+        fake = G(source)
+        return fake, fake
+    if not state.batched or source.shape != target.shape:
+        return G(source), G(target)
+    fake, idt = G(torch.cat([source, target])).chunk(2)
+    return fake, idt
+
+
+def _side_by_side(
+    state: TrainState, first: Callable[[], tuple[Tensor, Tensor]], second: Callable[[], tuple[Tensor, Tensor]]
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Both results; with a side stream, `second` runs in it, and autograd runs its backward there too."""
+    side = state.side_stream
+    if side is None:
+        return first(), second()
+    current = torch.cuda.current_stream(side.device)
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        there = second()
+    here = first()
+    current.wait_stream(side)
+    # Either stream reads the other's results later on: their memory must not be given away before that.
+    for tensor in there:
+        tensor.record_stream(current)
+    for tensor in here:
+        tensor.record_stream(side)
+    return here, there
+
+
 def discriminator_pass(state: TrainState, batch: StepBatch, fakes: Fakes, k: int) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum of both discriminators' losses on micro-batch ``k``, and its terms (detached)."""
     pooled_A = state.exchange_A(fakes.fake_A, batch.accept_A[k], batch.slot_A[k])
     pooled_B = state.exchange_B(fakes.fake_B, batch.accept_B[k], batch.slot_B[k])
+    scores_A, scores_B = _side_by_side(
+        state,
+        lambda: _score(state, state.D_A, batch.real_B[k], pooled_B),
+        lambda: _score(state, state.D_B, batch.real_A[k], pooled_A),
+    )
     terms: dict[str, Tensor] = {}
     losses = [
-        _judge(state, state.D_A, batch.real_B[k], pooled_B, batch.alpha_B[k], "D_A", terms),
-        _judge(state, state.D_B, batch.real_A[k], pooled_A, batch.alpha_A[k], "D_B", terms),
+        _judge(state, state.D_A, batch.real_B[k], pooled_B, scores_A, batch.alpha_B[k], "D_A", terms),
+        _judge(state, state.D_B, batch.real_A[k], pooled_A, scores_B, batch.alpha_A[k], "D_B", terms),
     ]
     return torch.stack(losses).sum(), terms
 
 
+def _score(state: TrainState, D: nn.Module, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+    """D's logits on real and on generated pictures."""
+    with _autocast(state, real):
+        if not state.batched or real.shape != fake.shape:
+            return D(real), D(fake)
+        score_real, score_fake = D(torch.cat([real, fake.to(real.dtype)])).chunk(2)
+    return score_real, score_fake
+
+
 def _judge(
-    state: TrainState, D: nn.Module, real: Tensor, fake: Tensor, alpha: Tensor, name: str, terms: dict[str, Tensor]
+    state: TrainState,
+    D: nn.Module,
+    real: Tensor,
+    fake: Tensor,
+    scores: tuple[Tensor, Tensor],
+    alpha: Tensor,
+    name: str,
+    terms: dict[str, Tensor],
 ) -> Tensor:
     """Loss of one discriminator; writes ``name``, ``name_real`` and ``name_fake`` into ``terms``."""
-    with _autocast(state, real):
-        score_real, score_fake = D(real), D(fake)
+    score_real, score_fake = scores
     loss = state.objective.gan.discriminator(score_real, score_fake)
     if state.objective.gradient_penalty:
         penalty = gradient_penalty(D, real, fake, alpha.view(-1, 1, 1, 1))
