@@ -18,4 +18,31 @@ struct Conv3x3 {
 
 void conv3x3(const Conv3x3& problem, ParallelFor parallel_for);
 
+// The gradient of x of the same convolution, [N, H, W, C], from grad_y [N, H + 2 border - 2, W + 2 border - 2, K].
+struct Conv3x3InputGradient {
+  int64_t n, h, w, border;
+  bool reflect;
+  Filter filter;
+  const float* grad_y;
+  float* grad_x;
+};
+
+void conv3x3_input_gradient(const Conv3x3InputGradient& problem, ParallelFor parallel_for);
+
+// The gradient of the filter, stored as `filter` says, whose data is not read.
+void conv3x3_weight_gradient(const Pictures& x, const float* grad_y, const Filter& filter, float* grad,
+                             ParallelFor parallel_for);
+
+// The gradient of the weight of any convolution with square kernels:
+//   grad[k, c, r, s] = sum over n, i, j of grad_y[n, i, j, k] * x[n, stride * i + r, stride * j + s, c]
+// over all pixels of the bordered grad_y, and the bordered x.
+struct WeightGradient {
+  Pictures x, grad_y;
+  int64_t size, stride;
+  Filter filter;  // where the result goes
+  float* grad;
+};
+
+void conv_weight_gradient(const WeightGradient& problem, ParallelFor parallel_for);
+
 }  // namespace cyclegan

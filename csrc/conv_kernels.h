@@ -22,7 +22,7 @@ struct Tiles {
   int64_t down, across;   // of tiles
 };
 
-// weight[k, c, r, s] stands at data[k * k_step + c * c_step + r * r_step + s * s_step].
+// A filter of 3x3; weight[k, c, r, s] stands at data[k * k_step + c * c_step + r * r_step + s * s_step].
 struct Filter {
   const float* data;
   int64_t k, c, k_step, c_step, r_step, s_step;
@@ -43,9 +43,28 @@ struct ConvKernels {
   // Tiles [first, last): results from m[frequency * plane + (tile - first) * pitch + k], with bias [k] or null.
   void (*transform_output)(const float* m, int64_t plane, int64_t pitch, const Tiles& tiles, int64_t first,
                            int64_t last, const float* bias, Finish finish, float* y, int64_t k);
+  // Tiles [first, last) of a gradient [N, rows, columns, K], transposed to transform_output, into
+  // z[frequency * plane + (k / panel) * panel_plane + (tile - first) * panel + k % panel], zeros behind K.
+  void (*transform_gradient)(const float* grad, int64_t k, const Tiles& tiles, int64_t first, int64_t last, float* z,
+                             int64_t plane, int64_t panel_plane);
+  // Transposed to transform_filter: sums [frequency * plane + channel * pitch + k] into the gradient of outputs
+  // [panel * `at`, panel * (at + 1)) of the filter.
+  void (*filter_gradient)(const float* sums, int64_t plane, int64_t pitch, const Filter& filter, int64_t at,
+                          float* grad);
   // out[i * out_pitch + j] (+)= sum over l < depth of a[i * a_pitch + l] * b[l * panel + j], i < rows, j < panel.
   void (*multiply)(const float* a, int64_t a_pitch, const float* b, int64_t depth, float* out, int64_t out_pitch,
                    int64_t rows, bool add);
+  // The same with both matrices in panels, and a depth of `segments` pieces: out[i * out_pitch + j] (+)= sum over
+  // t < segments, l < depth of a[t * a_segment + l * a_step + i] * b[(t * depth + l) * panel + j].
+  void (*multiply_packed)(const float* a, int64_t a_step, int64_t a_segment, const float* b, int64_t segments,
+                          int64_t depth, float* out, int64_t out_pitch, int64_t rows, bool add);
+  // Panels of `rows` of the `count` numbers at from + i * step, i < length: to[(j / rows * length + i) * rows + j % rows].
+  // Behind the last one stands what was there.
+  void (*pack_rows)(const float* from, int64_t step, int64_t length, int64_t count, float* to);
+  // Panels of `panel` numbers, zeros behind the last: to[j / panel * panel_plane + i * panel + j % panel].
+  void (*pack_panels)(const float* from, int64_t length, int64_t count, float* to, int64_t panel_plane);
+  // Row h of the picture whose padded gradient is `padded`: each pixel sums the places where it stands in that.
+  void (*fold_row)(const float* padded, int64_t h, int64_t w, int64_t c, int64_t border, int64_t row, float* to);
 };
 
 extern const ConvKernels* const conv_portable;

@@ -34,7 +34,7 @@ static inline Vec splat(float value) { return value - Vec{}; }
 static inline Vec load_part(const float* p, int64_t count) {
   if (count >= width) return load_raw<Vec>(p);
   float buffer[width] = {};
-  __builtin_memcpy(buffer, p, static_cast<size_t>(count) * sizeof(float));
+  if (count > 0) __builtin_memcpy(buffer, p, static_cast<size_t>(count) * sizeof(float));
   return load_raw<Vec>(buffer);
 }
 
@@ -98,6 +98,92 @@ static void multiply(const float* a, int64_t a_pitch, const float* b, int64_t de
   }
 }
 
+template <int rows>
+static void multiply_packed_rows(const float* a, int64_t a_step, int64_t a_segment, const float* b, int64_t segments,
+                                 int64_t depth, float* out, int64_t out_pitch, bool add) {
+  Vec sum[rows][2] = {};
+  for (int64_t t = 0; t < segments; ++t) {
+    const float* from = a + t * a_segment;
+    for (int64_t l = 0; l < depth; ++l, from += a_step, b += panel) {
+      const Vec low = load_raw<Vec>(b), high = load_raw<Vec>(b + width);
+#pragma GCC unroll 16
+      for (int i = 0; i < rows; ++i) {
+        const Vec value = splat(from[i]);
+        sum[i][0] += value * low;
+        sum[i][1] += value * high;
+      }
+    }
+  }
+  // Sums of parts are added up, not single products: fewer roundings meet a large number.
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i) {
+    float* to = out + i * out_pitch;
+    store_raw(to, add ? load_raw<Vec>(to) + sum[i][0] : sum[i][0]);
+    store_raw(to + width, add ? load_raw<Vec>(to + width) + sum[i][1] : sum[i][1]);
+  }
+}
+
+template <int most = tile_rows>
+static void multiply_packed(const float* a, int64_t a_step, int64_t a_segment, const float* b, int64_t segments,
+                            int64_t depth, float* out, int64_t out_pitch, int64_t rows, bool add) {
+  if constexpr (most > 0) {
+    if (rows == most) {
+      return multiply_packed_rows<most>(a, a_step, a_segment, b, segments, depth, out, out_pitch, add);
+    }
+    multiply_packed<most - 1>(a, a_step, a_segment, b, segments, depth, out, out_pitch, rows, add);
+  }
+}
+
+// Pixels whose numbers stay in the first-level cache while they are sorted into panels.
+constexpr int64_t pack_block = 16;
+
+static void pack_rows(const float* from, int64_t step, int64_t length, int64_t count, float* to) {
+  for (int64_t start = 0; start < length; start += pack_block) {
+    const int64_t stop = smaller(start + pack_block, length);
+    int64_t j = 0;
+    for (; j + tile_rows <= count; j += tile_rows) {
+      float* panel_to = to + j * length;
+      for (int64_t i = start; i < stop; ++i) {
+        __builtin_memcpy(panel_to + i * tile_rows, from + i * step + j, tile_rows * sizeof(float));
+      }
+    }
+    if (j == count) continue;
+    const size_t rest = static_cast<size_t>(count - j) * sizeof(float);
+    for (int64_t i = start; i < stop; ++i) {
+      __builtin_memcpy(to + j * length + i * tile_rows, from + i * step + j, rest);
+    }
+  }
+}
+
+static void pack_panels(const float* from, int64_t length, int64_t count, float* to, int64_t panel_plane) {
+  for (int64_t i = 0; i < length; ++i, from += count, to += panel) {
+    float* at = to;
+    for (int64_t j = 0; j < count; j += panel, at += panel_plane) {
+      for (int64_t part = 0; part < panel; part += width) {
+        store_raw(at + part, load_part(from + j + part, count - j - part));
+      }
+    }
+  }
+}
+
+static void fold_row(const float* padded, int64_t h, int64_t w, int64_t c, int64_t border, int64_t row, float* to) {
+  int64_t rows[3], columns[3];
+  const int row_count = padded_positions(row, h, border, rows);
+  const int64_t pitch = (w + 2 * border) * c;
+  for (int64_t i = 0; i < w; ++i, to += c) {
+    const int column_count = padded_positions(i, w, border, columns);
+    for (int64_t channel = 0; channel < c; channel += width) {
+      Vec sum = {};
+      for (int r = 0; r < row_count; ++r) {
+        for (int k = 0; k < column_count; ++k) {
+          sum += load_part(padded + rows[r] * pitch + columns[k] * c + channel, c - channel);
+        }
+      }
+      store_part(to + channel, sum, c - channel);
+    }
+  }
+}
+
 // ---- Winograd's transforms ------------------------------------------------------------------------------------------
 //
 // The points 0, +-1, +-3/2 and infinity: with 3/2 rounding errors are about half of those with 2 (Lavin and Gray's).
@@ -137,6 +223,26 @@ static inline void weights_to_points(const Vec g[3], Vec u[6]) {
   u[3] = even2 + odd2;
   u[4] = even2 - odd2;
   u[5] = g[2];
+}
+
+// A, the transpose of A^T: from four results to six values at the points.
+static inline void results_to_points(const Vec y[4], Vec z[6]) {
+  const Vec even1 = y[0] + y[2], odd1 = y[1] + y[3];
+  const Vec even2 = y[0] + point2 * y[2], odd2 = point * y[1] + point3 * y[3];
+  z[0] = y[0];
+  z[1] = even1 + odd1;
+  z[2] = even1 - odd1;
+  z[3] = even2 + odd2;
+  z[4] = even2 - odd2;
+  z[5] = y[3];
+}
+
+// G^T: from six sums to three weights.
+static inline void points_to_weights(const Vec s[6], Vec g[3]) {
+  const Vec even1 = scale1 * (s[1] + s[2]), even2 = scale2 * (s[3] + s[4]);
+  g[0] = scale0 * s[0] + even1 + even2;
+  g[1] = scale1 * (s[1] - s[2]) + (scale2 * point) * (s[3] - s[4]);
+  g[2] = even1 + point2 * even2 + s[5];
 }
 
 struct TilePlace {
@@ -253,8 +359,67 @@ static void transform_output(const float* m, int64_t plane, int64_t pitch, const
   }
 }
 
-constexpr ConvKernels table = {panel,           tile_rows,        width,           transform_input,
-                               transform_filter, transform_output, multiply};
+static void transform_gradient(const float* grad, int64_t outputs, const Tiles& tiles, int64_t first, int64_t last,
+                               float* z, int64_t plane, int64_t panel_plane) {
+  for (int64_t tile = first; tile < last; ++tile, z += panel) {
+    const TilePlace place = place_of(tile, tiles);
+    const int64_t rows = smaller(tile_out, tiles.rows - place.row);
+    const int64_t columns = smaller(tile_out, tiles.columns - place.column);
+    const float* corner = grad + ((place.n * tiles.rows + place.row) * tiles.columns + place.column) * outputs;
+    for (int64_t k = 0; k < ceil_div(outputs, panel) * panel; k += width) {
+      float* to = z + k / panel * panel_plane + k % panel;
+      Vec half[tile_in][tile_out] = {};
+      for (int64_t j = 0; j < columns; ++j) {
+        Vec y[4] = {}, t[6];
+        for (int64_t i = 0; i < rows; ++i) y[i] = load_part(corner + (i * tiles.columns + j) * outputs + k, outputs - k);
+        results_to_points(y, t);
+        for (int64_t i = 0; i < tile_in; ++i) half[i][j] = t[i];
+      }
+      for (int64_t i = 0; i < tile_in; ++i) {
+        Vec t[6];
+        results_to_points(half[i], t);
+        for (int64_t j = 0; j < tile_in; ++j) store_raw(to + (i * tile_in + j) * plane, t[j]);
+      }
+    }
+  }
+}
+
+static void filter_gradient(const float* sums, int64_t plane, int64_t pitch, const Filter& filter, int64_t at,
+                            float* grad) {
+  const int64_t first = at * panel, outputs = smaller(panel, filter.k - first);
+  float lanes[filter_channels][9][panel];
+  for (int64_t start = 0; start < filter.c; start += filter_channels) {
+    const int64_t channels = smaller(filter_channels, filter.c - start);
+    for (int64_t c = 0; c < channels; ++c) {
+      const float* from = sums + (start + c) * pitch + first;
+      for (int64_t part = 0; part < panel; part += width) {
+        Vec half[3][tile_in];
+        for (int64_t j = 0; j < tile_in; ++j) {
+          Vec s[6], t[3];
+          for (int64_t i = 0; i < tile_in; ++i) s[i] = load_raw<Vec>(from + (i * tile_in + j) * plane + part);
+          points_to_weights(s, t);
+          for (int64_t r = 0; r < 3; ++r) half[r][j] = t[r];
+        }
+        for (int64_t r = 0; r < 3; ++r) {
+          Vec t[3];
+          points_to_weights(half[r], t);
+          for (int64_t s = 0; s < 3; ++s) store_raw(lanes[c][3 * r + s] + part, t[s]);
+        }
+      }
+    }
+    for (int64_t lane = 0; lane < outputs; ++lane) {
+      float* to = grad + (first + lane) * filter.k_step + start * filter.c_step;
+      for (int64_t tap = 0; tap < 9; ++tap) {
+        float* weight = to + tap / 3 * filter.r_step + tap % 3 * filter.s_step;
+        for (int64_t c = 0; c < channels; ++c) weight[c * filter.c_step] = lanes[c][tap][lane];
+      }
+    }
+  }
+}
+
+constexpr ConvKernels table = {
+    panel,    tile_rows,         width,     transform_input, transform_filter, transform_output, transform_gradient,
+    filter_gradient, multiply, multiply_packed<tile_rows>, pack_rows, pack_panels, fold_row};
 
 }  // namespace
 
