@@ -15,9 +15,9 @@ void check_float(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.dim() == 4, name, " must be float32 with 4 dimensions");
 }
 
-Filter filter_of(const Tensor& weight) {
+Filter filter_of(const Tensor& weight, int64_t size) {
   check_float(weight, "weight");
-  STD_TORCH_CHECK(weight.size(2) == 3 && weight.size(3) == 3, "weight must be [K, C, 3, 3]");
+  STD_TORCH_CHECK(weight.size(2) == size && weight.size(3) == size, "weight must be [K, C, ", size, ", ", size, "]");
   return {static_cast<const float*>(weight.const_data_ptr()), weight.size(0), weight.size(1), weight.stride(0),
           weight.stride(1), weight.stride(2), weight.stride(3)};
 }
@@ -33,7 +33,8 @@ Tensor conv3x3_forward(const Tensor& x, const Tensor& weight, const std::optiona
                        int64_t activation) {
   Conv3x3 problem{};
   problem.x = pictures_of(x, padding, true);
-  problem.filter = filter_of(weight);
+  problem.filter = filter_of(weight, 3);
+  STD_TORCH_CHECK(activation == 0 || activation == 1, "activation = ", activation, " is not 0 (none) or 1 (relu)");
   STD_TORCH_CHECK(problem.filter.c == problem.x.c, "weight must have the channels of x");
   STD_TORCH_CHECK(padding >= 0 && padding < std::min(problem.x.h, problem.x.w) &&
                       std::min(problem.x.h, problem.x.w) + 2 * padding >= 3,
@@ -56,8 +57,8 @@ Tensor dense_gradient(const Tensor& grad_y) {
 
 Tensor conv3x3_input_grad(const Tensor& grad_y, const Tensor& weight, int64_t padding, bool reflect) {
   const Tensor grad = dense_gradient(grad_y);
-  Conv3x3InputGradient problem{};
-  problem.filter = filter_of(weight);
+  InputGradient problem{};
+  problem.filter = filter_of(weight, 3);
   problem.n = grad.size(0);
   problem.h = grad.size(2) + 2 - 2 * padding;
   problem.w = grad.size(3) + 2 - 2 * padding;
@@ -70,6 +71,48 @@ Tensor conv3x3_input_grad(const Tensor& grad_y, const Tensor& weight, int64_t pa
   problem.grad_y = static_cast<const float*>(grad.const_data_ptr());
   problem.grad_x = static_cast<float*>(grad_x.mutable_data_ptr());
   conv3x3_input_gradient(problem, torch_parallel);
+  return grad_x;
+}
+
+Tensor thin_conv_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t padding,
+                         int64_t activation) {
+  ThinConv problem{};
+  problem.x = pictures_of(x, padding, true);
+  problem.size = weight.size(2);
+  problem.filter = filter_of(weight, problem.size);
+  STD_TORCH_CHECK(activation == 0 || activation == 1, "activation = ", activation, " is not 0 (none) or 1 (relu)");
+  STD_TORCH_CHECK(problem.filter.c == problem.x.c, "weight must have the channels of x");
+  STD_TORCH_CHECK(problem.filter.k <= thin_outputs, "weight must have at most ", thin_outputs, " outputs");
+  const int64_t least = std::min(problem.x.h, problem.x.w);
+  STD_TORCH_CHECK(padding >= 0 && padding < least && least + 2 * padding >= problem.size, "padding = ", padding,
+                  " does not fit x");
+  problem.bias = floats(bias, x, problem.filter.k, "bias");
+  problem.finish = static_cast<Finish>(activation);
+  Tensor y = empty_channels_last(x, x.size(0), problem.filter.k, x.size(2) + 2 * padding - problem.size + 1,
+                                 x.size(3) + 2 * padding - problem.size + 1);
+  problem.y = static_cast<float*>(y.mutable_data_ptr());
+  thin_conv(problem, torch_parallel);
+  return y;
+}
+
+Tensor thin_conv_input_grad(const Tensor& grad_y, const Tensor& weight, int64_t padding) {
+  const Tensor grad = dense_gradient(grad_y);
+  const int64_t size = weight.size(2);
+  InputGradient problem{};
+  problem.filter = filter_of(weight, size);
+  problem.n = grad.size(0);
+  problem.h = grad.size(2) + size - 1 - 2 * padding;
+  problem.w = grad.size(3) + size - 1 - 2 * padding;
+  problem.border = padding;
+  problem.reflect = true;
+  STD_TORCH_CHECK(problem.filter.k == grad.size(1), "grad_y must have the outputs of weight");
+  STD_TORCH_CHECK(problem.filter.c <= thin_outputs, "weight must have at most ", thin_outputs, " inputs");
+  STD_TORCH_CHECK(padding >= 0 && padding < std::min(problem.h, problem.w), "padding = ", padding,
+                  " does not fit grad_y");
+  Tensor grad_x = empty_channels_last(grad, problem.n, problem.filter.c, problem.h, problem.w);
+  problem.grad_y = static_cast<const float*>(grad.const_data_ptr());
+  problem.grad_x = static_cast<float*>(grad_x.mutable_data_ptr());
+  thin_input_gradient(problem, size, torch_parallel);
   return grad_x;
 }
 
@@ -126,6 +169,8 @@ Tensor conv_weight_grad(const Tensor& grad_y, const Tensor& x, int64_t size, int
 STABLE_TORCH_LIBRARY_FRAGMENT(cyclegan_fast_native, m) {
   m.def("conv3x3_forward(Tensor x, Tensor weight, Tensor? bias, int padding, int activation) -> Tensor");
   m.def("conv3x3_input_grad(Tensor grad_y, Tensor weight, int padding, bool reflect) -> Tensor");
+  m.def("thin_conv_forward(Tensor x, Tensor weight, Tensor? bias, int padding, int activation) -> Tensor");
+  m.def("thin_conv_input_grad(Tensor grad_y, Tensor weight, int padding) -> Tensor");
   m.def(
       "conv3x3_weight_grad(Tensor grad_y, Tensor x, int padding, bool reflect, bool channels_last) -> Tensor");
   m.def(
@@ -136,6 +181,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cyclegan_fast_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(cyclegan_fast_native, CPU, m) {
   m.impl("conv3x3_forward", TORCH_BOX(&cyclegan::conv3x3_forward));
   m.impl("conv3x3_input_grad", TORCH_BOX(&cyclegan::conv3x3_input_grad));
+  m.impl("thin_conv_forward", TORCH_BOX(&cyclegan::thin_conv_forward));
+  m.impl("thin_conv_input_grad", TORCH_BOX(&cyclegan::thin_conv_input_grad));
   m.impl("conv3x3_weight_grad", TORCH_BOX(&cyclegan::conv3x3_weight_grad));
   m.impl("conv_weight_grad", TORCH_BOX(&cyclegan::conv_weight_grad));
 }

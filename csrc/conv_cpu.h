@@ -19,7 +19,8 @@ struct Conv3x3 {
 void conv3x3(const Conv3x3& problem, ParallelFor parallel_for);
 
 // The gradient of x of the same convolution, [N, H, W, C], from grad_y [N, H + 2 border - 2, W + 2 border - 2, K].
-struct Conv3x3InputGradient {
+// For other sizes than 3 read size - 1 for 2.
+struct InputGradient {
   int64_t n, h, w, border;
   bool reflect;
   Filter filter;
@@ -27,9 +28,27 @@ struct Conv3x3InputGradient {
   float* grad_x;
 };
 
-void conv3x3_input_gradient(const Conv3x3InputGradient& problem, ParallelFor parallel_for);
+void conv3x3_input_gradient(const InputGradient& problem, ParallelFor parallel_for);
 
-// The gradient of the filter, stored as `filter` says, whose data is not read.
+// The same convolution with any square kernel and at most `thin_outputs` outputs: products with all taps, then sums of
+// those that belong together.
+constexpr int64_t thin_outputs = 4;
+
+struct ThinConv {
+  Pictures x;
+  Filter filter;
+  int64_t size;
+  const float* bias;  // [K] or null
+  Finish finish;
+  float* y;  // [N, H + 2 border - size + 1, W + 2 border - size + 1, K]
+};
+
+void thin_conv(const ThinConv& problem, ParallelFor parallel_for);
+
+// The gradient of x of a convolution of a reflected x with at most `thin_outputs` channels.
+void thin_input_gradient(const InputGradient& problem, int64_t size, ParallelFor parallel_for);
+
+// The gradient of the filter of a 3x3, stored as `filter` says, whose data is not read.
 void conv3x3_weight_gradient(const Pictures& x, const float* grad_y, const Filter& filter, float* grad,
                              ParallelFor parallel_for);
 

@@ -22,13 +22,13 @@ struct Tiles {
   int64_t down, across;   // of tiles
 };
 
-// A filter of 3x3; weight[k, c, r, s] stands at data[k * k_step + c * c_step + r * r_step + s * s_step].
+// A filter; weight[k, c, r, s] stands at data[k * k_step + c * c_step + r * r_step + s * s_step].
 struct Filter {
   const float* data;
   int64_t k, c, k_step, c_step, r_step, s_step;
 };
 
-enum class Finish : int { none = 0, relu = 1, tanh = 3 };
+enum class Finish : int { none = 0, relu = 1 };
 
 struct ConvKernels {
   int64_t panel;  // columns of the product of two matrices that are computed at once
@@ -62,7 +62,11 @@ struct ConvKernels {
   // Behind the last one stands what was there.
   void (*pack_rows)(const float* from, int64_t step, int64_t length, int64_t count, float* to);
   // Panels of `panel` numbers, zeros behind the last: to[j / panel * panel_plane + i * panel + j % panel].
-  void (*pack_panels)(const float* from, int64_t length, int64_t count, float* to, int64_t panel_plane);
+  void (*pack_panels)(const float* from, int64_t step, int64_t length, int64_t count, float* to, int64_t panel_plane);
+  // Sums of products with taps of one row: sums[i * 4 + k] (+)= sum over s < size of t[(i + s) * pitch + s * k_count + k],
+  // i < length; k runs to 4, and what stands behind k_count means nothing.
+  void (*shift_add)(const float* t, int64_t pitch, int64_t size, int64_t k_count, int64_t length, float* sums,
+                    bool add);
   // Row h of the picture whose padded gradient is `padded`: each pixel sums the places where it stands in that.
   void (*fold_row)(const float* padded, int64_t h, int64_t w, int64_t c, int64_t border, int64_t row, float* to);
 };

@@ -148,21 +148,38 @@ static void pack_rows(const float* from, int64_t step, int64_t length, int64_t c
       }
     }
     if (j == count) continue;
-    const size_t rest = static_cast<size_t>(count - j) * sizeof(float);
     for (int64_t i = start; i < stop; ++i) {
-      __builtin_memcpy(to + j * length + i * tile_rows, from + i * step + j, rest);
+      for (int64_t rest = 0; rest < count - j; ++rest) to[j * length + i * tile_rows + rest] = from[i * step + j + rest];
     }
   }
 }
 
-static void pack_panels(const float* from, int64_t length, int64_t count, float* to, int64_t panel_plane) {
-  for (int64_t i = 0; i < length; ++i, from += count, to += panel) {
+static void pack_panels(const float* from, int64_t step, int64_t length, int64_t count, float* to,
+                        int64_t panel_plane) {
+  for (int64_t i = 0; i < length; ++i, from += step, to += panel) {
     float* at = to;
     for (int64_t j = 0; j < count; j += panel, at += panel_plane) {
       for (int64_t part = 0; part < panel; part += width) {
         store_raw(at + part, load_part(from + j + part, count - j - part));
       }
     }
+  }
+}
+
+typedef float Quad __attribute__((vector_size(16)));
+
+static void shift_add(const float* t, int64_t pitch, int64_t size, int64_t k_count, int64_t length, float* sums,
+                      bool add) {
+  const int64_t diagonal = pitch + k_count;
+  for (int64_t i = 0; i < length; ++i, t += pitch) {
+    Quad even = add ? load_raw<Quad>(sums + 4 * i) : Quad{}, odd = {};
+    int64_t s = 0;
+    for (; s + 2 <= size; s += 2) {
+      even += load_raw<Quad>(t + s * diagonal);
+      odd += load_raw<Quad>(t + (s + 1) * diagonal);
+    }
+    if (s < size) even += load_raw<Quad>(t + s * diagonal);
+    store_raw(sums + 4 * i, even + odd);
   }
 }
 
@@ -419,7 +436,7 @@ static void filter_gradient(const float* sums, int64_t plane, int64_t pitch, con
 
 constexpr ConvKernels table = {
     panel,    tile_rows,         width,     transform_input, transform_filter, transform_output, transform_gradient,
-    filter_gradient, multiply, multiply_packed<tile_rows>, pack_rows, pack_panels, fold_row};
+    filter_gradient, multiply, multiply_packed<tile_rows>, pack_rows, pack_panels, shift_add, fold_row};
 
 }  // namespace
 
