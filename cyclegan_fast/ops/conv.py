@@ -24,8 +24,8 @@ from cyclegan_fast.ops.reflect_conv import exact_strides
 __all__ = ["MEASURED_ON_CPU", "conv2d", "conv_transpose2d"]
 
 # torch's name for the CPU's instruction set -> the least channels of the layer's narrower side from which the compiled
-# weight gradient is faster than the library's, in float32 and channels-last. PLACEHOLDER
-MEASURED_ON_CPU: dict[str, int] = {"AVX2": 32}
+# weight gradient is faster than the library's, in float32 and channels-last; csrc/README.md has the times.
+MEASURED_ON_CPU: dict[str, int] = {"AVX2": 64}
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -70,23 +70,20 @@ def _backward(
     """Gradients of x, weight and bias, each empty where `need` is False."""
     native = resolve_impl("conv2d", impl, x, {"native": _runs_natively(x)}) == "native"
     grad = grad_y.contiguous(memory_format=torch.channels_last)
-    nothing = x.new_empty(0)
-    steps, borders, extra = [stride] * 2, [padding] * 2, [output_padding] * 2
+    grad_x, grad_weight, grad_bias = (x.new_empty(0) for _ in range(3))
     mask = [need[0], need[1] and not native, False]
-    grad_x, grad_weight = None, None
     if any(mask):
-        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-            grad, x, weight, None, steps, borders, [1, 1], transposed, extra, 1, mask
-        )
+        options = ([stride] * 2, [padding] * 2, [1, 1], transposed, [output_padding] * 2, 1)
+        first, second, _ = torch.ops.aten.convolution_backward(grad, x, weight, None, *options, mask)
+        grad_x = exact_strides(first) if need[0] else grad_x
+        grad_weight = second if mask[1] else grad_weight
     if need[1] and native:
         grad_weight = _weight_grad(grad, x, weight, stride, padding, transposed)
     if need[1] and grad_weight.stride() != weight.stride():
         grad_weight = torch.empty_like(weight).copy_(grad_weight)
-    return (
-        exact_strides(grad_x) if need[0] else nothing,
-        grad_weight if need[1] else x.new_empty(0),
-        grad.sum((0, 2, 3)) if need[2] else x.new_empty(0),
-    )
+    if need[2]:
+        grad_bias = grad.sum((0, 2, 3))
+    return grad_x, grad_weight, grad_bias
 
 
 def _weight_grad(grad: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, transposed: bool) -> Tensor:
@@ -136,7 +133,7 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return grad_x if need[0] else x.new_empty(0), grad_weight, x.new_empty(grad_y.shape[1] if need[2] else 0)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
     x, weight, _, *ctx.options = inputs
     ctx.save_for_backward(x, weight)
 
@@ -192,9 +189,9 @@ def conv2d(
     float16 or float64. stride >= 1, padding >= 0: zeros on all sides. Result: [N, K, (H + 2 padding - size) // stride
     + 1, ...] in x's dtype, channels-last where x is.
 
-    impl: "native" (float32 on the CPU, x dense channels-last: the compiled weight gradient, the same bits for any number
-    of threads; first derivatives only, no torch.func transforms), "reference" (the library alone), or "auto": "native"
-    where `MEASURED_ON_CPU` says that it is faster, else "reference".
+    impl: "native" (float32 on the CPU, x dense channels-last: the compiled weight gradient, the same bits for any
+    number of threads; first derivatives only, no torch.func transforms), "reference" (the library alone), or "auto":
+    "native" where `MEASURED_ON_CPU` says that it is faster, else "reference".
 
     Raises ValueError for a shape, dtype, device, layout, stride, padding or impl that is not as above.
     """
@@ -242,9 +239,7 @@ def _run(
             f"conv2d: x {tuple(x.shape)} with strides {x.stride()} is not dense channels-last; "
             "use x.contiguous(memory_format=torch.channels_last)"
         )
-    y: Tensor = torch.ops.cyclegan_fast.conv2d(
-        x, weight, bias, stride, padding, output_padding, transposed, impl
-    )
+    y: Tensor = torch.ops.cyclegan_fast.conv2d(x, weight, bias, stride, padding, output_padding, transposed, impl)
     return y
 
 

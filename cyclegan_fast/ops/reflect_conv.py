@@ -40,10 +40,14 @@ __all__ = ["MEASURED", "MEASURED_ON_CPU", "layer_kind", "reflect_conv2d", "refle
 # (compute capability, kind of layer, channels of its wider side) -> "triton" or "reference", by the benchmarks of
 # bench/ on that architecture. Empty: nothing has been measured on a GPU yet, and "auto" is the library everywhere.
 MEASURED: dict[tuple[tuple[int, int], str, int], str] = {}
-# (torch's name for the CPU's instruction set, kind of layer) -> the least channels of its narrower side from which
-# "native" is faster in float32 than the library in channels-last, forward and each gradient. PLACEHOLDER
-MEASURED_ON_CPU: dict[tuple[str, str], int] = {("AVX2", "flat"): 32}
-# Results below which the transform of a 3x3 filter costs more than it saves.
+# (torch's name for the CPU's instruction set, kind of layer) -> the least channels of its narrower and its wider side from
+# which "native" is faster in float32 than the library in channels-last; csrc/README.md has the times.
+MEASURED_ON_CPU: dict[tuple[str, str], tuple[int, int]] = {
+    ("AVX2", "flat"): (32, 32),
+    ("AVX2", "thin_in"): (3, 64),
+    ("AVX2", "thin_out"): (3, 64),
+}
+# Pixels below which the transform of a 3x3 filter costs what it saves.
 _FEWEST_PIXELS = 1024
 
 _RELU, _TANH = 1, 3
@@ -403,11 +407,11 @@ def _faster_natively(x: Tensor, weight: Tensor) -> bool:
     # Under autocast the op runs in a reduced dtype, which the compiled kernels do not take.
     if not runs_natively(x) or torch.is_autocast_enabled("cpu"):
         return False
-    kind = cpu_kind(weight.shape)
-    if kind == "flat" and x.shape[0] * x.shape[2] * x.shape[3] < _FEWEST_PIXELS:
+    least = MEASURED_ON_CPU.get((_cpu_capability(), cpu_kind(weight.shape)))
+    if least is None or x.shape[0] * x.shape[2] * x.shape[3] < _FEWEST_PIXELS:
         return False
-    least = MEASURED_ON_CPU.get((_cpu_capability(), kind))
-    return least is not None and min(weight.shape[0], weight.shape[1]) >= least
+    channels = sorted(weight.shape[:2])
+    return channels[0] >= least[0] and channels[1] >= least[1]
 
 
 def cpu_kind(weight_shape: torch.Size | tuple[int, ...]) -> str:

@@ -30,7 +30,7 @@ CASES_3X3 = [
     (1, 1, 1, 3, 3, 0, "one result"),
     (1, 3, 17, 2, 2, 1, "the smallest picture that can be reflected, and one output more than a vector of AVX-512"),
     (2, 33, 20, 5, 6, 3, "a border wider than the kernel needs"),
-    (1, 8, 40, 1, 30, 0, "rows alone"),
+    (1, 8, 40, 3, 30, 0, "one row of results"),
     (1, 300, 12, 9, 8, 0, "more channels than a block of the inner dimension"),
     (1, 96, 96, 112, 110, 1, "more tiles than are worked on at a time"),
 ]
@@ -294,7 +294,7 @@ def test_registration_of_backward(need: list[bool]) -> None:
 
 def test_compiles_without_a_break(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reflect_conv, "_FEWEST_PIXELS", 0)
-    monkeypatch.setattr(reflect_conv, "MEASURED_ON_CPU", {(reflect_conv._cpu_capability(), "flat"): 1})
+    monkeypatch.setattr(reflect_conv, "MEASURED_ON_CPU", {(reflect_conv._cpu_capability(), "flat"): (1, 1)})
     layer = LAYERS[0]
     leaves = leaves_of(layer)
     for impl in ("native", "auto"):
@@ -313,7 +313,7 @@ def test_compiles_without_a_break(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_auto_takes_what_was_measured_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     capability = reflect_conv._cpu_capability()
-    monkeypatch.setattr(reflect_conv, "MEASURED_ON_CPU", {(capability, "flat"): 32})
+    monkeypatch.setattr(reflect_conv, "MEASURED_ON_CPU", {(capability, "flat"): (32, 32)})
     x, weight = rand(1, 32, 32, 32, seed=1), rand(32, 32, 3, 3, seed=2)
     assert torch.equal(reflect_conv2d(x, weight, padding=1), reflect_conv2d(x, weight, padding=1, impl="native"))
     library = reflect_conv2d_ref(x, weight, None, 1)
@@ -321,9 +321,9 @@ def test_auto_takes_what_was_measured_to_be_faster(monkeypatch: pytest.MonkeyPat
         assert reflect_conv2d(x, weight, padding=1).dtype == torch.bfloat16
     small = x[:, :, :8, :8].contiguous(memory_format=CHANNELS_LAST)
     assert torch.equal(reflect_conv2d(small, weight, padding=1), reflect_conv2d_ref(small, weight, None, 1))
-    monkeypatch.setattr(reflect_conv, "MEASURED_ON_CPU", {(capability, "flat"): 33})
+    monkeypatch.setattr(reflect_conv, "MEASURED_ON_CPU", {(capability, "flat"): (32, 33)})
     assert torch.equal(reflect_conv2d(x, weight, padding=1), library)
-    monkeypatch.setattr(reflect_conv, "MEASURED_ON_CPU", {("another", "flat"): 1})
+    monkeypatch.setattr(reflect_conv, "MEASURED_ON_CPU", {("another", "flat"): (1, 1)})
     assert torch.equal(reflect_conv2d(x, weight, padding=1), library)
 
 
@@ -331,7 +331,7 @@ def test_measured_choices_name_kinds_that_exist() -> None:
     for (capability, kind), channels in reflect_conv.MEASURED_ON_CPU.items():
         assert capability in ("DEFAULT", "AVX2", "AVX512")
         assert kind in ("thin_in", "thin_out", "flat", "other")
-        assert channels > 0
+        assert 0 < channels[0] <= channels[1]
     assert cpu_kind((256, 256, 3, 3)) == "flat"
     assert cpu_kind((64, 3, 7, 7)) == "thin_in"
     assert cpu_kind((3, 64, 7, 7)) == "thin_out"
