@@ -40,8 +40,8 @@ __all__ = ["MEASURED", "MEASURED_ON_CPU", "layer_kind", "reflect_conv2d", "refle
 # (compute capability, kind of layer, channels of its wider side) -> "triton" or "reference", by the benchmarks of
 # bench/ on that architecture. Empty: nothing has been measured on a GPU yet, and "auto" is the library everywhere.
 MEASURED: dict[tuple[tuple[int, int], str, int], str] = {}
-# (torch's name for the CPU's instruction set, kind of layer) -> the least channels of its narrower and its wider side from
-# which "native" is faster in float32 than the library in channels-last; csrc/README.md has the times.
+# (torch's name for the CPU's instruction set, kind of layer) -> the least channels of its narrower and its wider side
+# from which "native" is faster in float32 than the library in channels-last; csrc/README.md has the times.
 MEASURED_ON_CPU: dict[tuple[str, str], tuple[int, int]] = {
     ("AVX2", "flat"): (32, 32),
     ("AVX2", "thin_in"): (3, 64),

@@ -24,7 +24,7 @@ LAYERS = [
     (False, 2, 16, 24, 10, 12, 3, 2, 1, 0, True, "a strided layer of the generator"),
     (False, 1, 3, 20, 9, 7, 4, 2, 1, 0, True, "the discriminator's first layer, odd sides"),
     (False, 3, 20, 1, 7, 5, 4, 1, 1, 0, True, "the discriminator's last layer"),
-    (False, 1, 20, 3, 7, 5, 7, 1, 0, 0, False, "one result per row: the head on a padded picture"),
+    (False, 1, 20, 3, 7, 9, 7, 1, 0, 0, False, "one row of results: the head on a padded picture"),
     (False, 1, 5, 7, 6, 6, 1, 1, 0, 0, True, "1x1"),
     (False, 2, 5, 7, 8, 6, 5, 3, 2, 0, False, "stride 3, where the last pixels are not read"),
     (True, 2, 24, 16, 5, 6, 3, 2, 1, 1, True, "an upsampling layer of the generator"),
