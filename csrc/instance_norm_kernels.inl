@@ -28,12 +28,13 @@ static inline int64_t block_pixels(int64_t c) {
 // The passes that stream ask for what they will need in a while; the hardware's own guesses stop at every page.
 constexpr uintptr_t ahead_bytes = 4096;
 
-static inline void prefetch_read(const void* p) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + ahead_bytes));
-}
-
-static inline void prefetch_write(const void* p) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + ahead_bytes), 1);
+// Asks for the memory of a group of channels of each of `pixels` pixels, as if they were adjacent.
+template <int pixels, int write = 0, class T>
+static inline void prefetch_lines(const T* p, uintptr_t ahead = 0) {
+  constexpr uintptr_t bytes = static_cast<uintptr_t>(pixels * group) * sizeof(T);
+  // Past the end of an array, where nothing happens, pointers are no longer defined: numbers are.
+  const uintptr_t at = reinterpret_cast<uintptr_t>(p) + ahead;
+  for (uintptr_t i = 0; i < bytes; i += 64) __builtin_prefetch(reinterpret_cast<const void*>(at + i), write);
 }
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -53,41 +54,36 @@ static inline void for_each_group(int64_t c, Run run) {
   if (channel < c) run(channel, No{}, c - channel);
 }
 
-// Mean and squared deviations of one group of channels over a block of pixels: deviations from the block's own mean,
-// so nothing cancels however large the mean is. mean = centre + delta.
+// Sums of the deviations from `centre` and of their squares, of one group of channels over a block of pixels. Two
+// pixels at a time into sums of their own: one chain of additions would wait for itself.
 //
 // `next` is this group's share of the block that follows: it comes, in order, while this one is worked on.
 template <bool Whole, class T>
-static inline void block_statistics(const T* x, const T* next, int64_t c, int64_t count, int64_t pixels, Pair& centre,
-                                    Pair& delta, Pair& m2) {
-  Pair sum = zeros(), more = zeros();
+static inline void deviations(const T* x, const T* next, int64_t c, int64_t count, int64_t pixels, Pair centre,
+                              Pair& first, Pair& second) {
+  Pair sum[2] = {zeros(), zeros()}, squares[2] = {zeros(), zeros()};
+  const auto add = [&](int64_t pixel, int k) {
+    const Pair v = load_group<Whole>(x + pixel * c, count);
+    const Vec a = v.a - centre.a, b = v.b - centre.b;
+    sum[k].a += a;
+    sum[k].b += b;
+    squares[k].a += a * a;
+    squares[k].b += b * b;
+  };
   int64_t i = 0;
   for (; i + 2 <= pixels; i += 2) {
-    __builtin_prefetch(next + i * (group / 2));
-    const Pair v = load_group<Whole>(x + i * c, count);
-    const Pair w = load_group<Whole>(x + (i + 1) * c, count);
-    sum.a += v.a;
-    sum.b += v.b;
-    more.a += w.a;
-    more.b += w.b;
+    prefetch_lines<2>(next + i * group);
+    add(i, 0);
+    add(i + 1, 1);
   }
-  if (i < pixels) {
-    const Pair v = load_group<Whole>(x + i * c, count);
-    sum.a += v.a;
-    sum.b += v.b;
-  }
+  if (i < pixels) add(i, 0);
+  first = {sum[0].a + sum[1].a, sum[0].b + sum[1].b};
+  second = {squares[0].a + squares[1].a, squares[0].b + squares[1].b};
+}
+
+// Mean and squared deviations of a block from its sums: mean = centre + delta.
+static inline void block_statistics(Pair first, Pair second, int64_t pixels, Pair& delta, Pair& m2) {
   const float inverse = 1.0f / static_cast<float>(pixels);
-  centre = {(sum.a + more.a) * inverse, (sum.b + more.b) * inverse};
-  Pair first = zeros(), second = zeros();
-  for (i = 0; i < pixels; ++i) {
-    __builtin_prefetch(next + (pixels + i) * (group / 2));
-    const Pair v = load_group<Whole>(x + i * c, count);
-    const Vec a = v.a - centre.a, b = v.b - centre.b;
-    first.a += a;
-    first.b += b;
-    second.a += a * a;
-    second.b += b * b;
-  }
   delta = {first.a * inverse, first.b * inverse};
   const Vec a = second.a - first.a * delta.a, b = second.b - first.b * delta.b;
   m2 = {a < 0 ? Vec{} : a, b < 0 ? Vec{} : b};
@@ -112,23 +108,34 @@ static void statistics(const RowTask& task, int64_t n, int64_t first, int64_t la
     const float share = static_cast<float>(pixels) / static_cast<float>(done + pixels);
     const float weight = static_cast<float>(done) * share;
     for_each_group(s.c, [&](int64_t channel, auto whole, int64_t count) {
-      Pair centre, delta, squares;
+      constexpr bool Whole = decltype(whole)::value;
       const T* from = x + done * s.c;
-      block_statistics<decltype(whole)::value>(from + channel, from + pixels * (s.c + channel), s.c, count, pixels,
-                                               centre, delta, squares);
+      const T* next = from + pixels * (s.c + channel);
+      Pair start, sum, squares, delta, m2_here;
       if (done == 0) {
-        store_lanes(origin + channel, centre);
+        // The centre is any pixel at first, then the mean that follows from it.
+        start = load_group<Whole>(from + channel, count);
+        deviations<Whole>(from + channel, next, s.c, count, pixels, start, sum, squares);
+        block_statistics(sum, squares, pixels, delta, m2_here);
+        start = {start.a + delta.a, start.b + delta.b};
+        deviations<Whole>(from + channel, next, s.c, count, pixels, start, sum, squares);
+        block_statistics(sum, squares, pixels, delta, m2_here);
+        store_lanes(origin + channel, start);
         store_lanes(offset + channel, delta);
-        store_lanes(m2 + channel, squares);
+        store_lanes(m2 + channel, m2_here);
         return;
       }
-      // Relative to the first block's mean the offsets are small numbers, so that merging rounds little.
-      const Pair start = load_lanes(origin + channel);
-      Pair mean = load_lanes(offset + channel), sum = load_lanes(m2 + channel);
-      merge(mean.a, sum.a, (centre.a - start.a) + delta.a, squares.a, share, weight);
-      merge(mean.b, sum.b, (centre.b - start.b) + delta.b, squares.b, share, weight);
+      // Relative to the first block's mean the offsets are small numbers, so that merging rounds little. The centre is
+      // the mean so far: what a block loses by lying far from it is a rounding of what its distance adds to m2.
+      start = load_lanes(origin + channel);
+      Pair mean = load_lanes(offset + channel), m2_before = load_lanes(m2 + channel);
+      const Pair centre = {start.a + mean.a, start.b + mean.b};
+      deviations<Whole>(from + channel, next, s.c, count, pixels, centre, sum, squares);
+      block_statistics(sum, squares, pixels, delta, m2_here);
+      merge(mean.a, m2_before.a, (centre.a - start.a) + delta.a, m2_here.a, share, weight);
+      merge(mean.b, m2_before.b, (centre.b - start.b) + delta.b, m2_here.b, share, weight);
       store_lanes(offset + channel, mean);
-      store_lanes(m2 + channel, sum);
+      store_lanes(m2 + channel, m2_before);
     });
   }
 }
@@ -150,28 +157,30 @@ static inline Vec activation_gradient(Vec grad, Vec z, float slope) {
 }
 
 // A few pixels at a time share one reading of the channel parameters.
-template <class T, Activation act, bool residual, int pixels>
+template <class T, Activation act, bool residual, int pixels, bool exact = false>
 static inline void forward_pixels(const T* x, const T* r, T* y, int64_t c, int64_t r_pixel, float slope,
                                   const ChannelParameters& p) {
+  Halves<T, exact> halves;
   for_each_group(c, [&](int64_t channel, auto whole, int64_t count) {
     constexpr bool Whole = decltype(whole)::value;
     const Pair mean = load_lanes(p.mean + channel), scale = load_lanes(p.scale + channel);
     const Pair shift = load_lanes(p.shift + channel);
+    prefetch_lines<pixels>(x + channel * pixels, ahead_bytes);
+    prefetch_lines<pixels, 1>(y + channel * pixels, ahead_bytes);
+    if constexpr (residual) prefetch_lines<pixels>(r + channel * pixels, ahead_bytes);
     for (int i = 0; i < pixels; ++i) {
-      prefetch_read(x + i * c + channel);
-      prefetch_write(y + i * c + channel);
       Pair v = load_group<Whole>(x + i * c + channel, count);
       v.a = activate<act>((v.a - mean.a) * scale.a + shift.a, slope);
       v.b = activate<act>((v.b - mean.b) * scale.b + shift.b, slope);
       if constexpr (residual) {
-        prefetch_read(r + i * r_pixel + channel);
         const Pair more = load_group<Whole>(r + i * r_pixel + channel, count);
         v.a += more.a;
         v.b += more.b;
       }
-      store_group<Whole>(y + i * c + channel, v, count);
+      store_group<Whole>(y + i * c + channel, v, count, halves);
     }
   });
+  if (halves.met()) again([&] { forward_pixels<T, act, residual, pixels, true>(x, r, y, c, r_pixel, slope, p); });
 }
 
 // The mirrored columns of a padded row whose interior is written, then the rows that mirror it.
@@ -241,10 +250,17 @@ struct Direct {
   inline Pair get(int64_t pixel, int64_t channel, int64_t count) const {
     return load_group<Whole>(grad + pixel * c + channel, count);
   }
-  inline void prefetch(int64_t element) const { __builtin_prefetch(grad + element); }
-  inline void prefetch_ahead(int64_t pixel, int64_t channel) const { prefetch_read(grad + pixel * c + channel); }
+  template <bool Whole>
+  inline void copy(int64_t pixel, int64_t channel, int64_t count, T* target) const {
+    __builtin_memcpy(target, grad + pixel * c + channel, static_cast<size_t>(Whole ? group : count) * sizeof(T));
+  }
+  template <int pixels>
+  inline void prefetch(int64_t element, uintptr_t ahead) const {
+    prefetch_lines<pixels>(grad + element, ahead);
+  }
 };
 
+template <class T>
 struct Folded {
   const float* grad;
   int64_t lanes;
@@ -252,8 +268,12 @@ struct Folded {
   inline Pair get(int64_t pixel, int64_t channel, int64_t) const {
     return load_lanes(grad + pixel * lanes + channel);
   }
-  inline void prefetch(int64_t) const {}
-  inline void prefetch_ahead(int64_t, int64_t) const {}
+  template <bool Whole>
+  inline void copy(int64_t pixel, int64_t channel, int64_t count, T* target) const {
+    store_group<Whole>(target, load_lanes(grad + pixel * lanes + channel), count);
+  }
+  template <int pixels>
+  inline void prefetch(int64_t, uintptr_t) const {}
 };
 
 // The sum over all places where pixels [first, first + pixels) of a row stand in the padded gradient, or over all but
@@ -292,7 +312,7 @@ static inline void for_each_run(const RowTask& task, int64_t n, int64_t h, float
     for (; first < last; first += fold_pixels) {
       const int64_t pixels = smaller(fold_pixels, last - first);
       fold(grad, s, task.lanes, rows, row_count, first, pixels, mirrored_only, scratch);
-      run(first, pixels, Folded{scratch, task.lanes});
+      run(first, pixels, Folded<T>{scratch, task.lanes});
     }
   };
   // In a row shorter than this a pixel may have images on both sides.
@@ -309,11 +329,7 @@ static inline void sum_group(const T* x, const Gradient& gradient, int64_t c, in
   const Pair mean = load_lanes(p.mean + channel), scale = load_lanes(p.scale + channel);
   const Pair shift = load_lanes(p.shift + channel);
   Pair plain = load_lanes(sum + channel), product = load_lanes(sum_x + channel);
-  for (int64_t i = first; i < first + pixels; ++i) {
-    // This group's share of the next block comes, in order, while this one is summed.
-    const int64_t next = (first + pixels) * c + channel * pixels + (i - first) * group;
-    __builtin_prefetch(x + next);
-    gradient.prefetch(next);
+  const auto add = [&](int64_t i) {
     const Pair v = load_group<Whole>(x + i * c + channel, count);
     Pair d = gradient.template get<Whole>(i, channel, count);
     const Vec a = v.a - mean.a, b = v.b - mean.b;
@@ -323,7 +339,17 @@ static inline void sum_group(const T* x, const Gradient& gradient, int64_t c, in
     plain.b += d.b;
     product.a += d.a * a;
     product.b += d.b * b;
+  };
+  int64_t i = 0;
+  for (; i + 2 <= pixels; i += 2) {
+    // This group's share of the next block comes, in order, while this one is summed.
+    const int64_t next = (first + pixels) * c + channel * pixels + i * group;
+    prefetch_lines<2>(x + next);
+    gradient.template prefetch<2>(next, 0);
+    add(first + i);
+    add(first + i + 1);
   }
+  if (i < pixels) add(first + i);
   store_lanes(sum + channel, plain);
   store_lanes(sum_x + channel, product);
 }
@@ -362,32 +388,37 @@ static void gradient_sums(const RowTask& task, const ChannelParameters& p, int64
   }
 }
 
-template <class T, Activation act, bool residual, class Gradient>
+template <class T, Activation act, bool residual, int pixels, bool exact = false, class Gradient>
 static inline void gradient_pixels(const T* x, const Gradient& gradient, T* grad_x, T* grad_residual, int64_t c,
-                                   int64_t first, int64_t pixels, float slope, const ChannelParameters& p) {
+                                   int64_t first, float slope, const ChannelParameters& p) {
+  Halves<T, exact> halves;
   for_each_group(c, [&](int64_t channel, auto whole, int64_t count) {
     constexpr bool Whole = decltype(whole)::value;
     const Pair mean = load_lanes(p.mean + channel), scale = load_lanes(p.scale + channel);
     const Pair shift = load_lanes(p.shift + channel), constant = load_lanes(p.constant + channel);
     const Pair tilt = load_lanes(p.slope + channel);
+    const int64_t share = first * c + channel * pixels;
+    prefetch_lines<pixels>(x + share, ahead_bytes);
+    gradient.template prefetch<pixels>(share, ahead_bytes);
+    prefetch_lines<pixels, 1>(grad_x + share, ahead_bytes);
+    if constexpr (residual) prefetch_lines<pixels, 1>(grad_residual + share, ahead_bytes);
     for (int64_t i = first; i < first + pixels; ++i) {
-      prefetch_read(x + i * c + channel);
-      gradient.prefetch_ahead(i, channel);
-      prefetch_write(grad_x + i * c + channel);
       const Pair v = load_group<Whole>(x + i * c + channel, count);
       Pair d = gradient.template get<Whole>(i, channel, count);
-      if constexpr (residual) {
-        prefetch_write(grad_residual + i * c + channel);
-        store_group<Whole>(grad_residual + i * c + channel, d, count);
-      }
+      if constexpr (residual) gradient.template copy<Whole>(i, channel, count, grad_residual + i * c + channel);
       const Vec a = v.a - mean.a, b = v.b - mean.b;
       d.a = activation_gradient<act>(d.a, a * scale.a + shift.a, slope);
       d.b = activation_gradient<act>(d.b, b * scale.b + shift.b, slope);
       d.a = scale.a * d.a + (tilt.a * a + constant.a);
       d.b = scale.b * d.b + (tilt.b * b + constant.b);
-      store_group<Whole>(grad_x + i * c + channel, d, count);
+      store_group<Whole>(grad_x + i * c + channel, d, count, halves);
     }
   });
+  if (halves.met()) {
+    again([&] {
+      gradient_pixels<T, act, residual, pixels, true>(x, gradient, grad_x, grad_residual, c, first, slope, p);
+    });
+  }
 }
 
 template <class T, Activation act, bool residual>
@@ -404,10 +435,10 @@ static void gradient_rows_as(const RowTask& task, const ChannelParameters& p, in
       T* grad_residual = residual ? static_cast<T*>(task.grad_residual) + offset : nullptr;
       int64_t i = 0;
       for (; i + 4 <= pixels; i += 4) {
-        gradient_pixels<T, act, residual>(x, gradient, grad_x, grad_residual, s.c, i, 4, task.slope, p);
+        gradient_pixels<T, act, residual, 4>(x, gradient, grad_x, grad_residual, s.c, i, task.slope, p);
       }
-      if (i < pixels) {
-        gradient_pixels<T, act, residual>(x, gradient, grad_x, grad_residual, s.c, i, pixels - i, task.slope, p);
+      for (; i < pixels; ++i) {
+        gradient_pixels<T, act, residual, 1>(x, gradient, grad_x, grad_residual, s.c, i, task.slope, p);
       }
     });
   }
