@@ -28,6 +28,14 @@ static inline int64_t block_pixels(int64_t c) {
 // The passes that stream ask for what they will need in a while; the hardware's own guesses stop at every page.
 constexpr uintptr_t ahead_bytes = 4096;
 
+static inline void prefetch_read(const void* p) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + ahead_bytes));
+}
+
+static inline void prefetch_write(const void* p) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + ahead_bytes), 1);
+}
+
 // Asks for the memory of a group of channels of each of `pixels` pixels, as if they were adjacent.
 template <int pixels, int write = 0, class T>
 static inline void prefetch_lines(const T* p, uintptr_t ahead = 0) {
@@ -35,6 +43,20 @@ static inline void prefetch_lines(const T* p, uintptr_t ahead = 0) {
   // Past the end of an array, where nothing happens, pointers are no longer defined: numbers are.
   const uintptr_t at = reinterpret_cast<uintptr_t>(p) + ahead;
   for (uintptr_t i = 0; i < bytes; i += 64) __builtin_prefetch(reinterpret_cast<const void*>(at + i), write);
+}
+
+// Calls step(i) for i in [0, count), and prepare(i) before every second one. Not unrolled further: pointers into every
+// pixel would take all registers.
+template <class Prepare, class Step>
+static inline void two_by_two(int64_t count, Prepare prepare, Step step) {
+  int64_t i = 0;
+#pragma GCC unroll 1
+  for (; i + 2 <= count; i += 2) {
+    prepare(i);
+    step(i);
+    step(i + 1);
+  }
+  if (i < count) step(i);
 }
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -70,13 +92,8 @@ static inline void deviations(const T* x, const T* next, int64_t c, int64_t coun
     squares[k].a += a * a;
     squares[k].b += b * b;
   };
-  int64_t i = 0;
-  for (; i + 2 <= pixels; i += 2) {
-    prefetch_lines<2>(next + i * group);
-    add(i, 0);
-    add(i + 1, 1);
-  }
-  if (i < pixels) add(i, 0);
+  two_by_two(
+      pixels, [&](int64_t i) { prefetch_lines<2>(next + i * group); }, [&](int64_t i) { add(i, i & 1); });
   first = {sum[0].a + sum[1].a, sum[0].b + sum[1].b};
   second = {squares[0].a + squares[1].a, squares[0].b + squares[1].b};
 }
@@ -156,19 +173,23 @@ static inline Vec activation_gradient(Vec grad, Vec z, float slope) {
   return grad;
 }
 
-// A few pixels at a time share one reading of the channel parameters.
-template <class T, Activation act, bool residual, int pixels, bool exact = false>
-static inline void forward_pixels(const T* x, const T* r, T* y, int64_t c, int64_t r_pixel, float slope,
+// Pixels that share one reading of the channel parameters.
+constexpr int64_t run_pixels = 4;
+
+template <class T, Activation act, bool residual, bool exact = false>
+static inline void forward_pixels(const T* x, const T* r, T* y, int64_t c, int64_t r_pixel, int64_t pixels, float slope,
                                   const ChannelParameters& p) {
   Halves<T, exact> halves;
   for_each_group(c, [&](int64_t channel, auto whole, int64_t count) {
     constexpr bool Whole = decltype(whole)::value;
     const Pair mean = load_lanes(p.mean + channel), scale = load_lanes(p.scale + channel);
     const Pair shift = load_lanes(p.shift + channel);
-    prefetch_lines<pixels>(x + channel * pixels, ahead_bytes);
-    prefetch_lines<pixels, 1>(y + channel * pixels, ahead_bytes);
-    if constexpr (residual) prefetch_lines<pixels>(r + channel * pixels, ahead_bytes);
-    for (int i = 0; i < pixels; ++i) {
+    const auto prefetch = [&](int64_t i) {
+      prefetch_lines<2>(x + channel * pixels + i * group, ahead_bytes / 2);
+      prefetch_lines<2, 1>(y + channel * pixels + i * group, ahead_bytes / 2);
+      if constexpr (residual) prefetch_lines<2>(r + channel * pixels + i * group, ahead_bytes / 2);
+    };
+    two_by_two(pixels, prefetch, [&](int64_t i) {
       Pair v = load_group<Whole>(x + i * c + channel, count);
       v.a = activate<act>((v.a - mean.a) * scale.a + shift.a, slope);
       v.b = activate<act>((v.b - mean.b) * scale.b + shift.b, slope);
@@ -178,9 +199,9 @@ static inline void forward_pixels(const T* x, const T* r, T* y, int64_t c, int64
         v.b += more.b;
       }
       store_group<Whole>(y + i * c + channel, v, count, halves);
-    }
+    });
   });
-  if (halves.met()) again([&] { forward_pixels<T, act, residual, pixels, true>(x, r, y, c, r_pixel, slope, p); });
+  if (halves.met()) again([&] { forward_pixels<T, act, residual, true>(x, r, y, c, r_pixel, pixels, slope, p); });
 }
 
 // The mirrored columns of a padded row whose interior is written, then the rows that mirror it.
@@ -212,14 +233,9 @@ static void forward_rows_as(const RowTask& task, const ChannelParameters& p, int
     }
     T* y = picture + ((h + s.pad) * s.padded_w() + s.pad) * s.c;
     const int64_t r_pixel = task.residual_pitch.pixel;
-    int64_t w = 0;
-    for (; w + 4 <= s.w; w += 4) {
-      forward_pixels<T, act, residual, 4>(x + w * s.c, residual ? r + w * r_pixel : r, y + w * s.c, s.c, r_pixel,
-                                          task.slope, p);
-    }
-    for (; w < s.w; ++w) {
-      forward_pixels<T, act, residual, 1>(x + w * s.c, residual ? r + w * r_pixel : r, y + w * s.c, s.c, r_pixel,
-                                          task.slope, p);
+    for (int64_t w = 0; w < s.w; w += run_pixels) {
+      forward_pixels<T, act, residual>(x + w * s.c, residual ? r + w * r_pixel : r, y + w * s.c, s.c, r_pixel,
+                                       smaller(run_pixels, s.w - w), task.slope, p);
     }
     reflect_row(picture, h, s);
   }
@@ -250,17 +266,10 @@ struct Direct {
   inline Pair get(int64_t pixel, int64_t channel, int64_t count) const {
     return load_group<Whole>(grad + pixel * c + channel, count);
   }
-  template <bool Whole>
-  inline void copy(int64_t pixel, int64_t channel, int64_t count, T* target) const {
-    __builtin_memcpy(target, grad + pixel * c + channel, static_cast<size_t>(Whole ? group : count) * sizeof(T));
-  }
-  template <int pixels>
-  inline void prefetch(int64_t element, uintptr_t ahead) const {
-    prefetch_lines<pixels>(grad + element, ahead);
-  }
+  inline void prefetch(int64_t element) const { __builtin_prefetch(grad + element); }
+  inline void prefetch_ahead(int64_t pixel, int64_t channel) const { prefetch_read(grad + pixel * c + channel); }
 };
 
-template <class T>
 struct Folded {
   const float* grad;
   int64_t lanes;
@@ -268,12 +277,8 @@ struct Folded {
   inline Pair get(int64_t pixel, int64_t channel, int64_t) const {
     return load_lanes(grad + pixel * lanes + channel);
   }
-  template <bool Whole>
-  inline void copy(int64_t pixel, int64_t channel, int64_t count, T* target) const {
-    store_group<Whole>(target, load_lanes(grad + pixel * lanes + channel), count);
-  }
-  template <int pixels>
-  inline void prefetch(int64_t, uintptr_t) const {}
+  inline void prefetch(int64_t) const {}
+  inline void prefetch_ahead(int64_t, int64_t) const {}
 };
 
 // The sum over all places where pixels [first, first + pixels) of a row stand in the padded gradient, or over all but
@@ -312,7 +317,7 @@ static inline void for_each_run(const RowTask& task, int64_t n, int64_t h, float
     for (; first < last; first += fold_pixels) {
       const int64_t pixels = smaller(fold_pixels, last - first);
       fold(grad, s, task.lanes, rows, row_count, first, pixels, mirrored_only, scratch);
-      run(first, pixels, Folded<T>{scratch, task.lanes});
+      run(first, pixels, Folded{scratch, task.lanes});
     }
   };
   // In a row shorter than this a pixel may have images on both sides.
@@ -329,7 +334,11 @@ static inline void sum_group(const T* x, const Gradient& gradient, int64_t c, in
   const Pair mean = load_lanes(p.mean + channel), scale = load_lanes(p.scale + channel);
   const Pair shift = load_lanes(p.shift + channel);
   Pair plain = load_lanes(sum + channel), product = load_lanes(sum_x + channel);
-  const auto add = [&](int64_t i) {
+  for (int64_t i = first; i < first + pixels; ++i) {
+    // This group's share of the next block comes, in order, while this one is summed.
+    const int64_t next = (first + pixels) * c + channel * pixels + (i - first) * group;
+    __builtin_prefetch(x + next);
+    gradient.prefetch(next);
     const Pair v = load_group<Whole>(x + i * c + channel, count);
     Pair d = gradient.template get<Whole>(i, channel, count);
     const Vec a = v.a - mean.a, b = v.b - mean.b;
@@ -339,17 +348,7 @@ static inline void sum_group(const T* x, const Gradient& gradient, int64_t c, in
     plain.b += d.b;
     product.a += d.a * a;
     product.b += d.b * b;
-  };
-  int64_t i = 0;
-  for (; i + 2 <= pixels; i += 2) {
-    // This group's share of the next block comes, in order, while this one is summed.
-    const int64_t next = (first + pixels) * c + channel * pixels + i * group;
-    prefetch_lines<2>(x + next);
-    gradient.template prefetch<2>(next, 0);
-    add(first + i);
-    add(first + i + 1);
   }
-  if (i < pixels) add(first + i);
   store_lanes(sum + channel, plain);
   store_lanes(sum_x + channel, product);
 }
@@ -388,37 +387,32 @@ static void gradient_sums(const RowTask& task, const ChannelParameters& p, int64
   }
 }
 
-template <class T, Activation act, bool residual, int pixels, bool exact = false, class Gradient>
+template <class T, Activation act, bool residual, class Gradient>
 static inline void gradient_pixels(const T* x, const Gradient& gradient, T* grad_x, T* grad_residual, int64_t c,
-                                   int64_t first, float slope, const ChannelParameters& p) {
-  Halves<T, exact> halves;
+                                   int64_t first, int64_t pixels, float slope, const ChannelParameters& p) {
   for_each_group(c, [&](int64_t channel, auto whole, int64_t count) {
     constexpr bool Whole = decltype(whole)::value;
     const Pair mean = load_lanes(p.mean + channel), scale = load_lanes(p.scale + channel);
     const Pair shift = load_lanes(p.shift + channel), constant = load_lanes(p.constant + channel);
     const Pair tilt = load_lanes(p.slope + channel);
-    const int64_t share = first * c + channel * pixels;
-    prefetch_lines<pixels>(x + share, ahead_bytes);
-    gradient.template prefetch<pixels>(share, ahead_bytes);
-    prefetch_lines<pixels, 1>(grad_x + share, ahead_bytes);
-    if constexpr (residual) prefetch_lines<pixels, 1>(grad_residual + share, ahead_bytes);
     for (int64_t i = first; i < first + pixels; ++i) {
+      prefetch_read(x + i * c + channel);
+      gradient.prefetch_ahead(i, channel);
+      prefetch_write(grad_x + i * c + channel);
       const Pair v = load_group<Whole>(x + i * c + channel, count);
       Pair d = gradient.template get<Whole>(i, channel, count);
-      if constexpr (residual) gradient.template copy<Whole>(i, channel, count, grad_residual + i * c + channel);
+      if constexpr (residual) {
+        prefetch_write(grad_residual + i * c + channel);
+        store_group<Whole>(grad_residual + i * c + channel, d, count);
+      }
       const Vec a = v.a - mean.a, b = v.b - mean.b;
       d.a = activation_gradient<act>(d.a, a * scale.a + shift.a, slope);
       d.b = activation_gradient<act>(d.b, b * scale.b + shift.b, slope);
       d.a = scale.a * d.a + (tilt.a * a + constant.a);
       d.b = scale.b * d.b + (tilt.b * b + constant.b);
-      store_group<Whole>(grad_x + i * c + channel, d, count, halves);
+      store_group<Whole>(grad_x + i * c + channel, d, count);
     }
   });
-  if (halves.met()) {
-    again([&] {
-      gradient_pixels<T, act, residual, pixels, true>(x, gradient, grad_x, grad_residual, c, first, slope, p);
-    });
-  }
 }
 
 template <class T, Activation act, bool residual>
@@ -435,10 +429,10 @@ static void gradient_rows_as(const RowTask& task, const ChannelParameters& p, in
       T* grad_residual = residual ? static_cast<T*>(task.grad_residual) + offset : nullptr;
       int64_t i = 0;
       for (; i + 4 <= pixels; i += 4) {
-        gradient_pixels<T, act, residual, 4>(x, gradient, grad_x, grad_residual, s.c, i, task.slope, p);
+        gradient_pixels<T, act, residual>(x, gradient, grad_x, grad_residual, s.c, i, 4, task.slope, p);
       }
-      for (; i < pixels; ++i) {
-        gradient_pixels<T, act, residual, 1>(x, gradient, grad_x, grad_residual, s.c, i, task.slope, p);
+      if (i < pixels) {
+        gradient_pixels<T, act, residual>(x, gradient, grad_x, grad_residual, s.c, i, pixels - i, task.slope, p);
       }
     });
   }
