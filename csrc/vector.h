@@ -106,14 +106,15 @@ static inline void store_upper(BFloat16* p, Bits even, Bits odd) {
 static inline void store(BFloat16* p, Pair v) { store_upper(p, round_bfloat16(v.a), round_bfloat16(v.b)); }
 #endif
 
-// What a kernel stores by way of this is rounded to nearest even in the end, for half the price. A number that lies
-// just half-way between two of bfloat16 is rare (one in 65536) among those that are computed, so all are rounded as if
-// there were none, which takes one addition; where one was met the kernel stores its few pixels again, `exact`.
+// `store` under a name that members called so do not hide.
 template <class T>
 static inline void store_pair(T* p, Pair v) {
   store(p, v);
 }
 
+// What a kernel stores by way of this is rounded to nearest even in the end, for half the price. A number that lies
+// just half-way between two of bfloat16 is rare (one in 65536) among those that are computed, so all are rounded as if
+// there were none, which takes one addition; where one was met the kernel stores its few pixels again, `exact`.
 template <class T, bool exact>
 struct Halves {
   inline void store(T* p, Pair v) { store_pair(p, v); }
