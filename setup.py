@@ -52,8 +52,11 @@ INSTRUCTION_SETS = {
     "instance_norm_avx2.cpp": AVX2,
     "instance_norm_avx512.cpp": AVX512,
     "instance_norm_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
+    "conv_portable.cpp": [],
+    "conv_avx2.cpp": AVX2,
+    "conv_avx512.cpp": AVX512,
 }
-CPU_SOURCES = ["bindings_cpu.cpp", "instance_norm_cpu.cpp", "crop_flip_cpu.cpp"]
+CPU_SOURCES = ["bindings_cpu.cpp", "bindings_conv.cpp", "instance_norm_cpu.cpp", "conv_cpu.cpp", "crop_flip_cpu.cpp"]
 CUDA_SOURCES = ["bindings_cuda.cpp", "instance_norm_cuda.cu"]
 
 
@@ -110,7 +113,7 @@ def wanted(variable: str, what: str, missing: str | None) -> bool:
 def extensions() -> list[Extension]:
     if not wanted("CYCLEGAN_FAST_NATIVE", "native operations", missing_for_cpu()):
         return []
-    sources = [*CPU_SOURCES, "instance_norm_portable.cpp"]
+    sources = [*CPU_SOURCES, "instance_norm_portable.cpp", "conv_portable.cpp"]
     if platform.machine().lower() in ("x86_64", "amd64"):
         sources = [*CPU_SOURCES, *INSTRUCTION_SETS]
     result = [Extension(CPU, [str(CSRC / name) for name in sources], optional=True)]

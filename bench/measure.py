@@ -3,8 +3,10 @@
 Time is the median of many rounds. On CUDA a round replays a CUDA graph that holds several calls, so that the gaps
 between launches vanish for every contestant alike, and the calls go round over several sets of inputs, together larger
 than the L2 cache, so that each finds its input in device memory. On the CPU a round is one call on the machine's own
-number of threads. A bandwidth counts the bytes that the operation must move, whatever a contestant moves, and stands
-beside that of a copy of as many bytes, timed in the same way in the same run.
+number of threads, whose inputs may lie in its caches from the last one, or, `cold`, calls on as many sets as make its
+caches useless, each of which keeps its result until it has the next. A bandwidth counts the bytes that the operation
+must move, whatever a contestant moves, and stands beside that of a copy of as many bytes, timed in the same way in the
+same run.
 """
 
 from __future__ import annotations
@@ -116,19 +118,20 @@ def measure(
     flop: float = 0.0,
     seconds: float = 0.4,
     timer: Callable[[Call, int], list[float]] | None = None,
+    cold: bool = False,
 ) -> Row:
     """Fill in a row. make() returns a call on inputs of its own; must_move in bytes and flop count one call.
 
     timer(call, rounds) -> seconds of each round; pytest-benchmark's, where a test calls this.
     """
-    sets = _sets(must_move)
+    sets = _sets(must_move, cold)
     calls = [make() for _ in range(sets)]
     row.peak_mib = _peak(calls[0])
     timing = timed(calls, seconds, timer)
     row.ms, row.spread, row.how = timing.ms, timing.spread, timing.how
     if must_move:
         row.gbs = must_move / timing.ms / 1e6
-        row.copy_gbs = copy_rate(int(must_move))
+        row.copy_gbs = copy_rate(int(must_move), cold)
     if flop:
         row.tflops = flop / timing.ms / 1e9
     return row
@@ -159,9 +162,13 @@ def _host_timer(run: Call, rounds: int) -> list[float]:
 
 
 def _on_cpu(calls: Sequence[Call]) -> tuple[Call, int]:
+    kept: list[Any] = [None] * len(calls)
+
     def run() -> None:
-        for call in calls:
-            call()
+        for i, call in enumerate(calls):
+            result = call()
+            if len(calls) > 1:  # what is kept is not written over at once, so that results are cold as well
+                kept[i] = result
 
     return run, len(calls)
 
@@ -211,16 +218,28 @@ def _captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def _sets(must_move: float) -> int:
-    """How many sets of inputs make the caches useless: twice the L2 of a GPU; the CPU's inputs are used as they are."""
-    if DEVICE.type != "cuda" or not must_move:
+def _sets(must_move: float, cold: bool) -> int:
+    """How many sets of inputs make the caches useless, where that is wanted: on a GPU, and on the CPU if `cold`."""
+    if not must_move:
         return 1
-    cache = getattr(torch.cuda.get_device_properties(DEVICE), "L2_cache_size", 64 << 20)
-    return max(1, min(16, math.ceil(2 * cache / must_move)))
+    if DEVICE.type == "cuda":
+        cache = getattr(torch.cuda.get_device_properties(DEVICE), "L2_cache_size", 64 << 20)
+        return max(1, min(16, math.ceil(2 * cache / must_move)))
+    # An operation reads nothing that is smaller than a quarter of what it moves.
+    return max(2, min(128, math.ceil(8 * _last_cache() / must_move))) if cold else 1
+
+
+def _last_cache() -> int:
+    """Bytes of the processor's largest cache; 64 MiB where that is not known."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text(encoding="ascii").strip()
+        sizes.append(int(text.rstrip("KM")) << {"K": 10, "M": 20}.get(text[-1:], 0))
+    return max(sizes, default=64 << 20)
 
 
 @functools.lru_cache(maxsize=64)
-def copy_rate(must_move: int) -> float:
+def copy_rate(must_move: int, cold: bool = False) -> float:
     """GB/s, read and written together, of a copy that moves as many bytes; timed as everything else."""
     half = max(must_move // 2, 1)
 
@@ -229,7 +248,7 @@ def copy_rate(must_move: int) -> float:
         target = torch.empty_like(source)
         return lambda: target.copy_(source)
 
-    timing = timed([make() for _ in range(_sets(must_move))], 0.2)
+    timing = timed([make() for _ in range(_sets(must_move, cold))], 0.2)
     return 2 * half / timing.ms / 1e6
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from contestants import BATCHES, CUDNN, DIRECTIONS, DTYPES, PYTORCH, dtype_of, ours
+from contestants import BATCHES, CUDA, CUDNN, DIRECTIONS, DTYPES, PYTORCH, dtype_of, ours
 from measure import Call, Row, forward, forward_backward, random
 from torch import Tensor
 
@@ -116,6 +116,31 @@ def in_cudnn(layer: Layer, x: Tensor) -> Callable[..., Tensor]:
     return function
 
 
+def made(contestant: str, layer: Layer, batch: int, dtype: str, direction: str) -> Call:
+    """A call of a contestant on inputs of its own."""
+    kind = dtype_of(dtype)
+    nhwc = contestant != "eager NCHW"
+    shape = (batch, layer.channels, layer.side, layer.side)
+    x = random(*shape, dtype=kind, nhwc=nhwc)
+    residual = random(*shape, dtype=kind, nhwc=nhwc) if layer.residual else None
+    function: Callable[..., Any]
+    if contestant.startswith("ours"):
+        function = in_ours(layer, contestant.split(", ")[1])
+    elif contestant in CUDNN:
+        function = in_cudnn(layer, x)
+    else:
+        function = in_pytorch(layer)
+    if contestant == "torch.compile":
+        function = torch.compile(function, fullgraph=True, dynamic=False)
+    if direction == "forward":
+        return forward(function, x, residual)
+    if contestant in CUDNN:
+        raise NotImplementedError("forward only")
+    outer = layer.side + 2 * layer.pad
+    gradient = random(batch, layer.channels, outer, outer, dtype=kind, nhwc=nhwc)
+    return forward_backward(function, gradient, x, residual)
+
+
 @pytest.mark.parametrize("contestant", [*ours(native=("cpu", "cuda")), *PYTORCH, *CUDNN])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -126,29 +151,22 @@ def test_instance_norm(
 ) -> None:
     if small:
         batch, layer = 1, Layer(8, 12, layer.activation, layer.pad, layer.residual, layer.where)
-    kind = dtype_of(dtype)
-
-    def make() -> Call:
-        nhwc = contestant != "eager NCHW"
-        shape = (batch, layer.channels, layer.side, layer.side)
-        x = random(*shape, dtype=kind, nhwc=nhwc)
-        residual = random(*shape, dtype=kind, nhwc=nhwc) if layer.residual else None
-        function: Callable[..., Any]
-        if contestant.startswith("ours"):
-            function = in_ours(layer, contestant.split(", ")[1])
-        elif contestant in CUDNN:
-            function = in_cudnn(layer, x)
-        else:
-            function = in_pytorch(layer)
-        if contestant == "torch.compile":
-            function = torch.compile(function, fullgraph=True, dynamic=False)
-        if direction == "forward":
-            return forward(function, x, residual)
-        if contestant in CUDNN:
-            raise NotImplementedError("forward only")
-        outer = layer.side + 2 * layer.pad
-        gradient = random(batch, layer.channels, outer, outer, dtype=kind, nhwc=nhwc)
-        return forward_backward(function, gradient, x, residual)
-
     row = Row("instance_norm", str(layer), batch, dtype, direction, contestant)
-    run(row, make, must_move=layer.bytes_moved(batch, kind.itemsize, direction))
+    moved = layer.bytes_moved(batch, dtype_of(dtype).itemsize, direction)
+    run(row, lambda: made(contestant, layer, batch, dtype, direction), must_move=moved)
+
+
+@pytest.mark.skipif(CUDA, reason="a GPU finds its inputs in memory anyway")
+@pytest.mark.parametrize("contestant", [*ours(native=("cpu",)), "eager channels-last"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_instance_norm_from_memory(
+    run: Callable[..., Row], small: bool, contestant: str, layer: Layer, dtype: str, direction: str
+) -> None:
+    """As `test_instance_norm` at batch 1, with inputs, results and the copy's memory out of the caches."""
+    if small:
+        layer = Layer(8, 12, layer.activation, layer.pad, layer.residual, layer.where)
+    row = Row("instance_norm, inputs not in the caches", str(layer), 1, dtype, direction, contestant)
+    moved = layer.bytes_moved(1, dtype_of(dtype).itemsize, direction)
+    run(row, lambda: made(contestant, layer, 1, dtype, direction), must_move=moved, cold=True)

@@ -36,6 +36,29 @@ static inline void prefetch_write(const void* p) {
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + ahead_bytes), 1);
 }
 
+// Asks for the memory of a group of channels of each of `pixels` pixels, as if they were adjacent.
+template <int pixels, int write = 0, class T>
+static inline void prefetch_lines(const T* p, uintptr_t ahead = 0) {
+  constexpr uintptr_t bytes = static_cast<uintptr_t>(pixels * group) * sizeof(T);
+  // Past the end of an array, where nothing happens, pointers are no longer defined: numbers are.
+  const uintptr_t at = reinterpret_cast<uintptr_t>(p) + ahead;
+  for (uintptr_t i = 0; i < bytes; i += 64) __builtin_prefetch(reinterpret_cast<const void*>(at + i), write);
+}
+
+// Calls step(i) for i in [0, count), and prepare(i) before every second one. Not unrolled further: pointers into every
+// pixel would take all registers.
+template <class Prepare, class Step>
+static inline void two_by_two(int64_t count, Prepare prepare, Step step) {
+  int64_t i = 0;
+#pragma GCC unroll 1
+  for (; i + 2 <= count; i += 2) {
+    prepare(i);
+    step(i);
+    step(i + 1);
+  }
+  if (i < count) step(i);
+}
+
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Calls run(channel, whole, count) for each group of channels of a pixel; `whole` is a constant type.
@@ -53,41 +76,31 @@ static inline void for_each_group(int64_t c, Run run) {
   if (channel < c) run(channel, No{}, c - channel);
 }
 
-// Mean and squared deviations of one group of channels over a block of pixels: deviations from the block's own mean,
-// so nothing cancels however large the mean is. mean = centre + delta.
+// Sums of the deviations from `centre` and of their squares, of one group of channels over a block of pixels. Two
+// pixels at a time into sums of their own: one chain of additions would wait for itself.
 //
 // `next` is this group's share of the block that follows: it comes, in order, while this one is worked on.
 template <bool Whole, class T>
-static inline void block_statistics(const T* x, const T* next, int64_t c, int64_t count, int64_t pixels, Pair& centre,
-                                    Pair& delta, Pair& m2) {
-  Pair sum = zeros(), more = zeros();
-  int64_t i = 0;
-  for (; i + 2 <= pixels; i += 2) {
-    __builtin_prefetch(next + i * (group / 2));
-    const Pair v = load_group<Whole>(x + i * c, count);
-    const Pair w = load_group<Whole>(x + (i + 1) * c, count);
-    sum.a += v.a;
-    sum.b += v.b;
-    more.a += w.a;
-    more.b += w.b;
-  }
-  if (i < pixels) {
-    const Pair v = load_group<Whole>(x + i * c, count);
-    sum.a += v.a;
-    sum.b += v.b;
-  }
-  const float inverse = 1.0f / static_cast<float>(pixels);
-  centre = {(sum.a + more.a) * inverse, (sum.b + more.b) * inverse};
-  Pair first = zeros(), second = zeros();
-  for (i = 0; i < pixels; ++i) {
-    __builtin_prefetch(next + (pixels + i) * (group / 2));
-    const Pair v = load_group<Whole>(x + i * c, count);
+static inline void deviations(const T* x, const T* next, int64_t c, int64_t count, int64_t pixels, Pair centre,
+                              Pair& first, Pair& second) {
+  Pair sum[2] = {zeros(), zeros()}, squares[2] = {zeros(), zeros()};
+  const auto add = [&](int64_t pixel, int k) {
+    const Pair v = load_group<Whole>(x + pixel * c, count);
     const Vec a = v.a - centre.a, b = v.b - centre.b;
-    first.a += a;
-    first.b += b;
-    second.a += a * a;
-    second.b += b * b;
-  }
+    sum[k].a += a;
+    sum[k].b += b;
+    squares[k].a += a * a;
+    squares[k].b += b * b;
+  };
+  two_by_two(
+      pixels, [&](int64_t i) { prefetch_lines<2>(next + i * group); }, [&](int64_t i) { add(i, i & 1); });
+  first = {sum[0].a + sum[1].a, sum[0].b + sum[1].b};
+  second = {squares[0].a + squares[1].a, squares[0].b + squares[1].b};
+}
+
+// Mean and squared deviations of a block from its sums: mean = centre + delta.
+static inline void block_statistics(Pair first, Pair second, int64_t pixels, Pair& delta, Pair& m2) {
+  const float inverse = 1.0f / static_cast<float>(pixels);
   delta = {first.a * inverse, first.b * inverse};
   const Vec a = second.a - first.a * delta.a, b = second.b - first.b * delta.b;
   m2 = {a < 0 ? Vec{} : a, b < 0 ? Vec{} : b};
@@ -112,23 +125,34 @@ static void statistics(const RowTask& task, int64_t n, int64_t first, int64_t la
     const float share = static_cast<float>(pixels) / static_cast<float>(done + pixels);
     const float weight = static_cast<float>(done) * share;
     for_each_group(s.c, [&](int64_t channel, auto whole, int64_t count) {
-      Pair centre, delta, squares;
+      constexpr bool Whole = decltype(whole)::value;
       const T* from = x + done * s.c;
-      block_statistics<decltype(whole)::value>(from + channel, from + pixels * (s.c + channel), s.c, count, pixels,
-                                               centre, delta, squares);
+      const T* next = from + pixels * (s.c + channel);
+      Pair start, sum, squares, delta, m2_here;
       if (done == 0) {
-        store_lanes(origin + channel, centre);
+        // The centre is any pixel at first, then the mean that follows from it.
+        start = load_group<Whole>(from + channel, count);
+        deviations<Whole>(from + channel, next, s.c, count, pixels, start, sum, squares);
+        block_statistics(sum, squares, pixels, delta, m2_here);
+        start = {start.a + delta.a, start.b + delta.b};
+        deviations<Whole>(from + channel, next, s.c, count, pixels, start, sum, squares);
+        block_statistics(sum, squares, pixels, delta, m2_here);
+        store_lanes(origin + channel, start);
         store_lanes(offset + channel, delta);
-        store_lanes(m2 + channel, squares);
+        store_lanes(m2 + channel, m2_here);
         return;
       }
-      // Relative to the first block's mean the offsets are small numbers, so that merging rounds little.
-      const Pair start = load_lanes(origin + channel);
-      Pair mean = load_lanes(offset + channel), sum = load_lanes(m2 + channel);
-      merge(mean.a, sum.a, (centre.a - start.a) + delta.a, squares.a, share, weight);
-      merge(mean.b, sum.b, (centre.b - start.b) + delta.b, squares.b, share, weight);
+      // Relative to the first block's mean the offsets are small numbers, so that merging rounds little. The centre is
+      // the mean so far: what a block loses by lying far from it is a rounding of what its distance adds to m2.
+      start = load_lanes(origin + channel);
+      Pair mean = load_lanes(offset + channel), m2_before = load_lanes(m2 + channel);
+      const Pair centre = {start.a + mean.a, start.b + mean.b};
+      deviations<Whole>(from + channel, next, s.c, count, pixels, centre, sum, squares);
+      block_statistics(sum, squares, pixels, delta, m2_here);
+      merge(mean.a, m2_before.a, (centre.a - start.a) + delta.a, m2_here.a, share, weight);
+      merge(mean.b, m2_before.b, (centre.b - start.b) + delta.b, m2_here.b, share, weight);
       store_lanes(offset + channel, mean);
-      store_lanes(m2 + channel, sum);
+      store_lanes(m2 + channel, m2_before);
     });
   }
 }
@@ -149,29 +173,35 @@ static inline Vec activation_gradient(Vec grad, Vec z, float slope) {
   return grad;
 }
 
-// A few pixels at a time share one reading of the channel parameters.
-template <class T, Activation act, bool residual, int pixels>
-static inline void forward_pixels(const T* x, const T* r, T* y, int64_t c, int64_t r_pixel, float slope,
+// Pixels that share one reading of the channel parameters.
+constexpr int64_t run_pixels = 4;
+
+template <class T, Activation act, bool residual, bool exact = false>
+static inline void forward_pixels(const T* x, const T* r, T* y, int64_t c, int64_t r_pixel, int64_t pixels, float slope,
                                   const ChannelParameters& p) {
+  Halves<T, exact> halves;
   for_each_group(c, [&](int64_t channel, auto whole, int64_t count) {
     constexpr bool Whole = decltype(whole)::value;
     const Pair mean = load_lanes(p.mean + channel), scale = load_lanes(p.scale + channel);
     const Pair shift = load_lanes(p.shift + channel);
-    for (int i = 0; i < pixels; ++i) {
-      prefetch_read(x + i * c + channel);
-      prefetch_write(y + i * c + channel);
+    const auto prefetch = [&](int64_t i) {
+      prefetch_lines<2>(x + channel * pixels + i * group, ahead_bytes / 2);
+      prefetch_lines<2, 1>(y + channel * pixels + i * group, ahead_bytes / 2);
+      if constexpr (residual) prefetch_lines<2>(r + channel * pixels + i * group, ahead_bytes / 2);
+    };
+    two_by_two(pixels, prefetch, [&](int64_t i) {
       Pair v = load_group<Whole>(x + i * c + channel, count);
       v.a = activate<act>((v.a - mean.a) * scale.a + shift.a, slope);
       v.b = activate<act>((v.b - mean.b) * scale.b + shift.b, slope);
       if constexpr (residual) {
-        prefetch_read(r + i * r_pixel + channel);
         const Pair more = load_group<Whole>(r + i * r_pixel + channel, count);
         v.a += more.a;
         v.b += more.b;
       }
-      store_group<Whole>(y + i * c + channel, v, count);
-    }
+      store_group<Whole>(y + i * c + channel, v, count, halves);
+    });
   });
+  if (halves.met()) again([&] { forward_pixels<T, act, residual, true>(x, r, y, c, r_pixel, pixels, slope, p); });
 }
 
 // The mirrored columns of a padded row whose interior is written, then the rows that mirror it.
@@ -203,14 +233,9 @@ static void forward_rows_as(const RowTask& task, const ChannelParameters& p, int
     }
     T* y = picture + ((h + s.pad) * s.padded_w() + s.pad) * s.c;
     const int64_t r_pixel = task.residual_pitch.pixel;
-    int64_t w = 0;
-    for (; w + 4 <= s.w; w += 4) {
-      forward_pixels<T, act, residual, 4>(x + w * s.c, residual ? r + w * r_pixel : r, y + w * s.c, s.c, r_pixel,
-                                          task.slope, p);
-    }
-    for (; w < s.w; ++w) {
-      forward_pixels<T, act, residual, 1>(x + w * s.c, residual ? r + w * r_pixel : r, y + w * s.c, s.c, r_pixel,
-                                          task.slope, p);
+    for (int64_t w = 0; w < s.w; w += run_pixels) {
+      forward_pixels<T, act, residual>(x + w * s.c, residual ? r + w * r_pixel : r, y + w * s.c, s.c, r_pixel,
+                                       smaller(run_pixels, s.w - w), task.slope, p);
     }
     reflect_row(picture, h, s);
   }

@@ -94,14 +94,62 @@ static inline Pair load(const BFloat16* p) {
   return {as_float(both << 16), as_float(both & 0xffff0000u)};
 }
 
-static inline void store(BFloat16* p, Pair v) {
-  const Bits even = round_bfloat16(v.a) >> 16, odd = round_bfloat16(v.b);
+// The upper halves of two rounded vectors.
+static inline void store_upper(BFloat16* p, Bits even, Bits odd) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
-  store_raw(p, _mm256_blend_epi16((__m256i)even, (__m256i)odd, 0xaa));
+  store_raw(p, _mm256_blend_epi16((__m256i)(even >> 16), (__m256i)odd, 0xaa));
 #else
-  store_raw(p, even | (odd & 0xffff0000u));
+  store_raw(p, (even >> 16) | (odd & 0xffff0000u));
 #endif
 }
+
+static inline void store(BFloat16* p, Pair v) { store_upper(p, round_bfloat16(v.a), round_bfloat16(v.b)); }
+#endif
+
+// `store` under a name that members called so do not hide.
+template <class T>
+static inline void store_pair(T* p, Pair v) {
+  store(p, v);
+}
+
+// What a kernel stores by way of this is rounded to nearest even in the end, for half the price. A number that lies
+// just half-way between two of bfloat16 is rare (one in 65536) among those that are computed, so all are rounded as if
+// there were none, which takes one addition; where one was met the kernel stores its few pixels again, `exact`.
+template <class T, bool exact>
+struct Halves {
+  inline void store(T* p, Pair v) { store_pair(p, v); }
+  inline bool met() const { return false; }
+};
+
+#if (defined(__AVX2__) || defined(__AVX512F__)) && !defined(CYCLEGAN_AVX512_BF16)
+static inline Bits smaller_words(Bits a, Bits b) {
+#if defined(__AVX512F__)
+  return (Bits)_mm512_min_epu16((__m512i)a, (__m512i)b);
+#else
+  return (Bits)_mm256_min_epu16((__m256i)a, (__m256i)b);
+#endif
+}
+
+template <>
+struct Halves<BFloat16, false> {
+  // The smallest of the lower halves; zero is what half-way and half make.
+  Bits least = Bits{} - 1u;
+
+  inline void store(BFloat16* p, Pair v) {
+    const Bits even = (Bits)v.a + 0x8000u, odd = (Bits)v.b + 0x8000u;
+    least = smaller_words(least, smaller_words(even, odd));
+    store_upper(p, even, odd);
+  }
+
+  inline bool met() const {
+#if defined(__AVX512F__)
+    return (_mm512_testn_epi16_mask((__m512i)least, (__m512i)least) & 0x55555555u) != 0;
+#else
+    const __m256i zero = _mm256_cmpeq_epi16((__m256i)least, _mm256_setzero_si256());
+    return (static_cast<uint32_t>(_mm256_movemask_epi8(zero)) & 0x33333333u) != 0;
+#endif
+  }
+};
 #endif
 
 constexpr int group = 2 * width;
@@ -135,4 +183,19 @@ static inline void store_group(T* p, Pair v, int64_t count) {
   } else {
     store_some(p, v, count);
   }
+}
+
+template <bool Whole, class T, bool exact>
+static inline void store_group(T* p, Pair v, int64_t count, Halves<T, exact>& halves) {
+  if constexpr (Whole) {
+    halves.store(p, v);
+  } else {
+    store_some(p, v, count);
+  }
+}
+
+// Runs what is seldom needed, out of the way.
+template <class Run>
+__attribute__((noinline, cold)) static void again(Run run) {
+  run();
 }

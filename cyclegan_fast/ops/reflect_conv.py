@@ -6,8 +6,12 @@ where |.| reflects at both edges, p is the padding. x [N, C, H, W], weight [K, C
 H' = H + 2p - size + 1; x and y channels-last. Sums are float32, y is rounded once.
 
 Which implementation is the fastest is a matter of measurement: `MEASURED` holds what measurements on GPUs have decided,
-and whatever is not in it is left to the library. The kernels cover up to 4 channels on one side with kernels up to 7x7
-(`_reflect_conv_triton.py`: stem and head of the generator), and 3x3 otherwise (`_flat_conv_triton.py`).
+`MEASURED_ON_CPU` those on CPUs, and whatever is not in them is left to the library. The Triton kernels cover up to 4
+channels on one side with kernels up to 7x7 (`_reflect_conv_triton.py`: stem and head of the generator), and 3x3
+otherwise (`_flat_conv_triton.py`). The compiled ones of csrc, in float32 on the CPU, compute 3x3 by Winograd's
+F(4x4, 3x3) (Lavin and Gray 2016, arXiv:1509.09308), a quarter of the products for a few more roundings; of other
+kernels the weight gradient, and what has at most 4 channels as its result: the head, the stem's input gradient. The
+library computes the rest.
 
 Backward: the gradient of the padded input is a convolution over the zero-bordered gradient, and is folded back as a
 gather; weight and bias gradients are partial sums, added in a fixed order. The same input gives the same bits.
@@ -22,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cyclegan_fast.ops import _native
 from cyclegan_fast.ops._launch import HAS_TRITON, activation_code, refuse_transforms, resolve_impl
 from cyclegan_fast.ops._verify import register_check
 
@@ -30,11 +35,20 @@ if HAS_TRITON or TYPE_CHECKING:
     from cyclegan_fast.ops import _flat_conv_triton as flat
     from cyclegan_fast.ops import _reflect_conv_triton as thin
 
-__all__ = ["MEASURED", "layer_kind", "reflect_conv2d", "reflect_conv2d_ref"]
+__all__ = ["MEASURED", "MEASURED_ON_CPU", "layer_kind", "reflect_conv2d", "reflect_conv2d_ref"]
 
 # (compute capability, kind of layer, channels of its wider side) -> "triton" or "reference", by the benchmarks of
 # bench/ on that architecture. Empty: nothing has been measured on a GPU yet, and "auto" is the library everywhere.
 MEASURED: dict[tuple[tuple[int, int], str, int], str] = {}
+# (torch's name for the CPU's instruction set, kind of layer) -> the least channels of its narrower and its wider side
+# from which "native" is faster in float32 than the library in channels-last; csrc/README.md has the times.
+MEASURED_ON_CPU: dict[tuple[str, str], tuple[int, int]] = {
+    ("AVX2", "flat"): (32, 32),
+    ("AVX2", "thin_in"): (3, 64),
+    ("AVX2", "thin_out"): (3, 64),
+}
+# Pixels below which the transform of a 3x3 filter costs what it saves.
+_FEWEST_PIXELS = 1024
 
 _RELU, _TANH = 1, 3
 _ACTIVATIONS = (None, "relu", "tanh")
@@ -100,13 +114,29 @@ def layer_kind(weight_shape: torch.Size | tuple[int, ...], padding: int) -> str 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, activation: int, impl: str) -> Tensor:
     check_layer(x, weight, bias, padding)
     kind = kernels_for(x, weight, padding)
-    if resolve_impl("reflect_conv2d", impl, x, {"triton": kind is not None}) == "reference":
+    chosen = resolve_impl("reflect_conv2d", impl, x, {"triton": kind is not None, "native": runs_natively(x)})
+    if chosen == "native" and (weight.shape[2] == 3 or weight.shape[0] <= _THIN_CHANNELS):
+        return _forward_native(x, weight, bias, padding, activation)
+    if chosen != "triton":
         return exact_strides(_activate(library_conv(reflect_pad(x, padding), weight, bias), activation))
     if kind == "flat":
         y, _, _ = flat.flat_conv(x, flat_weight(weight), bias, pad=padding, activation=activation)
         return y
     run = thin.thin_in if kind == "thin_in" else thin.thin_out
     return run(x, weight, bias, padding, activation, full=False)
+
+
+def _forward_native(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, activation: int) -> Tensor:
+    native = torch.ops.cyclegan_fast_native
+    run = native.thin_conv_forward if weight.shape[0] <= _THIN_CHANNELS else native.conv3x3_forward
+    bias = bias if bias is None else bias.contiguous()
+    y: Tensor = run(x, weight, bias, padding, int(activation == _RELU))
+    return y.tanh_() if activation == _TANH else y
+
+
+def runs_natively(x: Tensor) -> bool:
+    """Whether the compiled kernels take tensors like x."""
+    return x.dtype == torch.float32 and x.device.type == "cpu"
 
 
 def _backward(
@@ -122,7 +152,7 @@ def _backward(
     """Gradients of x, weight and bias, each empty where `need` is False; y is there if there is an activation."""
     check_layer(x, weight, None, padding)
     kind = kernels_for(x, weight, padding)
-    chosen = resolve_impl("reflect_conv2d", impl, x, {"triton": kind is not None})
+    chosen = resolve_impl("reflect_conv2d", impl, x, {"triton": kind is not None, "native": runs_natively(x)})
     grad = grad_y.contiguous(memory_format=torch.channels_last)
     if y is not None and activation == _RELU:
         grad = torch.ops.aten.threshold_backward(grad, y, 0)
@@ -130,6 +160,8 @@ def _backward(
         grad = torch.ops.aten.tanh_backward(grad, y)
     if chosen == "reference":
         grads = _backward_ref(grad, x, weight, padding, need)
+    elif chosen == "native":
+        grads = _backward_native(grad, x, weight, padding, need)
     elif kind == "flat":
         grads = _backward_flat(grad, x, weight, padding, need)
     else:
@@ -138,7 +170,7 @@ def _backward(
     grad_x, grad_weight, grad_bias = (nothing if g is None else g for g in grads)
     if need[0]:
         grad_x = exact_strides(grad_x)
-    if need[1]:
+    if need[1] and (chosen != "native" or grad_weight.stride() != weight.stride()):
         grad_weight = torch.empty_like(weight).copy_(grad_weight)
     # A library may hand out one tensor twice, an op may not.
     return grad_x, grad_weight, grad_bias.to(weight.dtype) if need[2] else x.new_empty(0)
@@ -153,6 +185,27 @@ def _backward_ref(grad: Tensor, x: Tensor, weight: Tensor, padding: int, need: l
     sizes = [weight.shape[0]]
     grads = torch.ops.aten.convolution_backward(grad, padded, weight, sizes, stride, none, stride, False, none, 1, need)
     return (_fold_ref(grads[0], padding) if need[0] else None), grads[1], grads[2]
+
+
+def _backward_native(grad: Tensor, x: Tensor, weight: Tensor, padding: int, need: list[bool]) -> _Grads:
+    native = torch.ops.cyclegan_fast_native
+    outputs, inputs, size = weight.shape[:3]
+    grad_x = grad_weight = None
+    if need[0]:
+        if inputs <= _THIN_CHANNELS:
+            grad_x = native.thin_conv_input_grad(grad, weight, padding)
+        elif size == 3:
+            grad_x = native.conv3x3_input_grad(grad, weight, padding, True)
+        else:
+            grad_x, _, _ = _backward_ref(grad, x, weight, padding, [True, False, False])
+    if need[1]:
+        channels_last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+        if size == 3 and min(inputs, outputs) > _THIN_CHANNELS:
+            grad_weight = native.conv3x3_weight_grad(grad, x, padding, True, channels_last)
+        else:
+            few_outputs = outputs < min(inputs, 8)
+            grad_weight = native.conv_weight_grad(grad, x, size, 1, padding, True, few_outputs, channels_last)
+    return grad_x, grad_weight, grad.sum((0, 2, 3)) if need[2] else None
 
 
 def _backward_thin(
@@ -318,10 +371,12 @@ def reflect_conv2d(
     an x that is padded already. activation: None, "relu" or "tanh". Result: [N, K, H + 2 padding - size + 1, W + ...],
     x's dtype, dense channels-last. Under autocast everything is cast to its dtype, as by the library's convolution.
 
-    impl: "auto" is "reference", the library's padding and convolution, except for the layers in `MEASURED`; "triton"
-    covers kernels up to 7x7 with at most 4 channels on one side, and 3x3 with padding 0 or 1. float32 products are
-    exact in "triton" (no TF32). "triton" has gradients of the first order, no torch.func transforms, and the same bits
-    for the same input; the copy it makes of a weight that is not channels-last is for 3x3 only.
+    impl: "auto" is "reference", the library's padding and convolution, except for the layers in `MEASURED` and
+    `MEASURED_ON_CPU`; "triton" covers kernels up to 7x7 with at most 4 channels on one side, and 3x3 with padding 0 or
+    1; "native" covers float32 on the CPU. float32 products are exact in "triton" (no TF32); "native" is off by up to
+    2e-5 of the largest result for 3x3. Both have gradients of the first order, no torch.func transforms, and the same
+    bits for the same input ("native": for any number of threads, where it does not leave the work to the library);
+    the copy "triton" makes of a weight that is not channels-last is for 3x3 only.
 
     Raises ValueError for a shape, dtype, device, layout, padding, activation or impl that is not as above.
     """
@@ -339,11 +394,35 @@ def reflect_conv2d(
 
 def measured_choice(x: Tensor, weight: Tensor, padding: int) -> str:
     """ "auto" where a measurement has found the kernels faster, to be verified when it runs; else "reference"."""
+    if x.device.type == "cpu":
+        return "native" if _faster_natively(x, weight) else "reference"
     kind = layer_kind(weight.shape, padding)
     if not MEASURED or not x.is_cuda or kind is None:
         return "reference"
     key = (_capability(x.device.index), kind, max(weight.shape[0], weight.shape[1]))
     return "auto" if MEASURED.get(key) == "triton" else "reference"
+
+
+def _faster_natively(x: Tensor, weight: Tensor) -> bool:
+    # Under autocast the op runs in a reduced dtype, which the compiled kernels do not take.
+    if not runs_natively(x) or torch.is_autocast_enabled("cpu"):
+        return False
+    least = MEASURED_ON_CPU.get((_cpu_capability(), cpu_kind(weight.shape)))
+    if least is None or x.shape[0] * x.shape[2] * x.shape[3] < _FEWEST_PIXELS:
+        return False
+    channels = sorted(weight.shape[:2])
+    return channels[0] >= least[0] and channels[1] >= least[1]
+
+
+def cpu_kind(weight_shape: torch.Size | tuple[int, ...]) -> str:
+    """The compiled kernels for a layer: "thin_in", "thin_out", "flat", or "other"."""
+    return layer_kind(weight_shape, 0) or "other"
+
+
+@torch.compiler.assume_constant_result
+def _cpu_capability() -> str:
+    """What torch calls this CPU's instruction set; "" where the compiled kernels are not there."""
+    return torch.backends.cpu.get_cpu_capability() if _native.available() else ""
 
 
 @torch.compiler.assume_constant_result

@@ -248,6 +248,17 @@ def test_bfloat16_is_rounded_to_nearest_even(isa: str) -> None:
     assert torch.equal(y, (residual.float() + bias[:, None, None]).to(torch.bfloat16))
 
 
+@pytest.mark.parametrize("channels", [64, 19])
+def test_numbers_half_way_between_two_of_bfloat16_go_to_the_even_one(channels: int, isa: str) -> None:
+    """All channels but the first are half-way, of either sign, above an even number and above an odd one."""
+    x = torch.zeros(1, channels, 5, 7, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    bias = 1 + (2 * torch.arange(channels, dtype=torch.float32) + 1) * 2.0**-8
+    bias[0] = 1 / 3
+    bias[1::2] *= -1
+    y, _, _ = NATIVE.instance_norm_forward(x, torch.ones(channels), bias, None, EPS, 0, 0.0, 1)
+    assert torch.equal(y, bias.to(torch.bfloat16)[None, :, None, None].expand_as(y))
+
+
 def test_an_empty_batch() -> None:
     x = torch.empty(0, 8, 4, 4).contiguous(memory_format=torch.channels_last)
     y, mean, rstd = NATIVE.instance_norm_forward(x, torch.ones(8), torch.ones(8), None, EPS, 0, 0.0, 1)

@@ -1,0 +1,2 @@
+#define CYCLEGAN_CONV conv_avx512
+#include "conv_kernels.inl"

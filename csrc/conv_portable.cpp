@@ -1,0 +1,2 @@
+#define CYCLEGAN_CONV conv_portable
+#include "conv_kernels.inl"
