@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cyclegan_fast.models import reference
 from cyclegan_fast.models.reference import InstanceNorm, ResnetBlock, SameConv2d, SameConvTranspose2d
+from cyclegan_fast.ops.conv import conv2d, conv_transpose2d
 from cyclegan_fast.ops.instance_norm import instance_norm, runs_kernels
 from cyclegan_fast.ops.reflect_conv import reflect_conv2d
 
@@ -202,10 +203,10 @@ def _conv(x: Tensor, conv: nn.Module, *, bias: bool = False) -> Tensor:
     b = conv.bias if bias else None
     if isinstance(conv, SameConv2d):
         return conv.same(x, b)
+    stride, padding = conv.stride[0], int(conv.padding[0])  # the same in both directions
     if isinstance(conv, nn.Conv2d):
-        return F.conv2d(x, conv.weight, b, conv.stride, conv.padding)
-    padding: Any = conv.padding  # a pair of numbers in a transposed convolution
-    y = F.conv_transpose2d(x, conv.weight, b, conv.stride, padding, conv.output_padding)
+        return conv2d(x, conv.weight, b, stride, padding)
+    y = conv_transpose2d(x, conv.weight, b, stride, padding, conv.output_padding[0])
     return y[:, :, :-1, :-1] if isinstance(conv, SameConvTranspose2d) else y
 
 
