@@ -244,8 +244,10 @@ def _run(
 
 
 def _faster_natively(x: Tensor, weight: Tensor) -> bool:
-    # Under autocast the op runs in a reduced dtype, and inside transforms not at all.
-    if not _runs_natively(x) or not weight.requires_grad or torch.is_autocast_enabled("cpu"):
+    if not (weight.requires_grad and torch.is_grad_enabled()):
+        return False
+    # Under autocast the op runs in a reduced dtype, which the compiled kernel does not take.
+    if not _runs_natively(x) or torch.is_autocast_enabled("cpu"):
         return False
     if not x.is_contiguous(memory_format=torch.channels_last):
         return False

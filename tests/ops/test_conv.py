@@ -158,6 +158,9 @@ def test_auto_takes_what_was_measured_to_be_faster(monkeypatch: pytest.MonkeyPat
     assert not native([leaf.detach().contiguous().requires_grad_() for leaf in leaves_of(layer)])
     with torch.autocast("cpu", torch.bfloat16):
         assert not native(leaves_of(layer))
+    frozen = leaves_of(layer)
+    frozen[1].requires_grad_(False)
+    assert not native(frozen)
     monkeypatch.setattr(conv, "MEASURED_ON_CPU", {conv._cpu_capability(): 17})
     assert not native(leaves_of(layer))
     monkeypatch.setattr(conv, "MEASURED_ON_CPU", {})
