@@ -65,14 +65,20 @@ sanitize:
 	@set -e; \
 	build() { echo "$$1"; $(CXX) $(SANITIZE) $$2 -c csrc/$$1.cpp -o $(SANITIZED)/$$(basename $$1).o; }; \
 	rm -f $(SANITIZED)/*.o; \
-	for name in instance_norm_cpu crop_flip_cpu instance_norm_portable tests/instance_norm_test; do build $$name; done; \
+	for name in instance_norm_cpu conv_cpu crop_flip_cpu instance_norm_portable conv_portable tests/instance_norm_test \
+		tests/conv_test; do build $$name; done; \
 	if [ "$$(uname -m)" = x86_64 ]; then \
 		build instance_norm_avx2 "$(AVX2)"; \
 		build instance_norm_avx512 "$(AVX512)"; \
 		build instance_norm_avx512_bf16 "$(AVX512) -mavx512bf16"; \
-	fi
-	$(CXX) $(SANITIZE) $(SANITIZED)/*.o -o $(SANITIZED)/test
-	$(SANITIZED)/test
+		build conv_avx2 "$(AVX2)"; \
+		build conv_avx512 "$(AVX512)"; \
+	fi; \
+	kernels=$$(ls $(SANITIZED)/*.o | grep -v _test.o); \
+	for test in instance_norm_test conv_test; do \
+		$(CXX) $(SANITIZE) $$kernels $(SANITIZED)/$$test.o -o $(SANITIZED)/$$test; \
+		$(SANITIZED)/$$test; \
+	done
 
 # Every Triton kernel for every architecture, without a GPU; writes the table in docs/kernels.md.
 kernels: setup

@@ -24,6 +24,7 @@ import argparse
 import functools
 import hashlib
 import importlib
+import inspect
 import json
 import multiprocessing
 import os
@@ -38,6 +39,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -166,20 +168,44 @@ def _key(case: Sequence[Any], arch: int) -> str:
     import triton
 
     _, function, signature, constants, warps, stages, *_ = case
-    sources = _sources(sys.modules[function.fn.__module__].__file__ or "")
-    parts = (function.__name__, sources, signature, constants, warps, stages, arch, triton.__version__, _COUNTING)
+    parts = (
+        function.__name__,
+        _sources(function),
+        signature,
+        constants,
+        warps,
+        stages,
+        arch,
+        triton.__version__,
+        _COUNTING,
+    )
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 @functools.lru_cache
-def _sources(file: str) -> str:
-    """Hash of a kernel's file and of all that hold kernels, which may call one another.
+def _sources(function: Any) -> str:
+    """Hash of a kernel's source, of the functions that it calls, and of the numbers that it names.
 
     Triton's own `cache_key` will not do: it depends on which kernels were hashed before it.
     """
-    folder = ROOT / "cyclegan_fast" / "ops"
-    texts = [path.read_bytes() for path in (Path(file), *sorted(folder.glob("*.py")))]
-    return hashlib.sha256(b"\0".join(text for text in texts if b"triton.jit" in text)).hexdigest()
+    parts: dict[str, str] = {}
+
+    def add(function: Any) -> None:
+        parts[f"{function.__module__}.{function.__name__}"] = inspect.getsource(function)
+        for name in _names(function.__code__):
+            value = function.__globals__.get(name)
+            inner = getattr(value, "fn", value)
+            if inspect.isfunction(inner) and f"{inner.__module__}.{inner.__name__}" not in parts:
+                add(inner)
+            elif isinstance(getattr(value, "value", value), (bool, int, float, str)):
+                parts[name] = repr(value)
+
+    add(function.fn)
+    return hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()
+
+
+def _names(code: CodeType) -> set[str]:
+    return set(code.co_names).union(*(_names(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
 
 
 def compile_all(cases: Sequence[Case]) -> dict[str, Result]:
@@ -310,17 +336,19 @@ def judge(case: Case, result: Result) -> list[str]:
 
 
 def render(cases: Sequence[Case], results: dict[str, Result]) -> str:
-    """The table: one row for each kernel and architecture."""
+    """The table: a row for each kernel and for all architectures for which everything counted is the same."""
     lines = [
         "| kernel | sm | warps | registers | shared KB | local B | spills | tensor core | loads, B × count | "
         "stores, B × count |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
+    rows: dict[tuple[str, str], list[int]] = {}
     for case in cases:
         r = results[case.key]
-        cells: list[Any] = [case.name, case.arch, r.warps, r.registers, f"{r.shared / 1024:.1f}", r.local, r.spills]
+        cells: list[Any] = [r.warps, r.registers, f"{r.shared / 1024:.1f}", r.local, r.spills]
         cells += [_accesses(r.matrix), _accesses(r.loads), _accesses(r.stores)]
-        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+        rows.setdefault((case.name, " | ".join(map(str, cells))), []).append(case.arch)
+    lines += [f"| {name} | {', '.join(map(str, archs))} | {cells} |" for (name, cells), archs in rows.items()]
     return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 
 #include "geometry.h"
 #include "instance_norm_cpu.h"

@@ -1,6 +1,6 @@
-// Vectors of floats on the compiler's vector extensions: one source for every instruction set. Included by
-// instance_norm_kernels.inl only, inside a namespace that each instruction set has to itself; everything is static, so
-// that nothing compiled for a newer machine can be linked into what an older one runs.
+// Vectors of floats on the compiler's vector extensions: one source for every instruction set. Included by the
+// kernels' .inl files only, inside a namespace that each instruction set has to itself; everything is static, so that
+// nothing compiled for a newer machine can be linked into what an older one runs.
 
 #if defined(__AVX512F__)
 constexpr int width = 16;

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cyclegan_fast.config import Config, ConfigError, load_config, reference_page, to_yaml
-from cyclegan_fast.errors import InputError
+from cyclegan_fast.errors import InputError, shown
 from cyclegan_fast.version import __version__
 
 if TYPE_CHECKING:
@@ -58,6 +58,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_figures(commands)
     _add_data(commands)
     doctor = commands.add_parser("doctor", help="say what this machine and this installation can do")
+    doctor.add_argument(
+        "--measure",
+        nargs="?",
+        const="auto",
+        metavar="DEVICE",
+        help="first measure how fast DEVICE (auto, cpu, cuda or cuda:N; default auto) multiplies and copies, which "
+        "takes seconds, and keep that: training then shows what share of it is reached",
+    )
     doctor.set_defaults(run=_doctor)
     return parser
 
@@ -204,7 +212,7 @@ def _translate(arguments: argparse.Namespace) -> int:
     )
     print(f"{len(result.done)} pictures written to {arguments.out}")
     for path, reason in result.failed:
-        print(f"not translated: {path}: {reason}", file=sys.stderr)
+        print(f"not translated: {shown(path)}: {shown(reason)}", file=sys.stderr)
     return 1 if result.failed else 0
 
 
@@ -289,8 +297,10 @@ def _data_scan(arguments: argparse.Namespace) -> int:
     return 1 if any(scan.bad for scan in scans.values()) else 0
 
 
-def _doctor(arguments: argparse.Namespace) -> int:  # noqa: ARG001 - takes no options yet
-    from cyclegan_fast.doctor import report
+def _doctor(arguments: argparse.Namespace) -> int:
+    from cyclegan_fast.doctor import measure, report
 
+    if arguments.measure is not None:
+        print(f"measured {measure(arguments.measure)}\n", flush=True)
     print(report())
     return 0

@@ -10,9 +10,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import reprlib
+import stat
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,17 @@ __all__ = [
     "reference_page",
     "to_dict",
     "to_yaml",
+    "upgraded",
 ]
+
+# Limits of a configuration file. The longest that this version can write has 4 kB and three levels.
+_FILE_BYTES = 100_000
+_DEPTH = 16
+
+# Settings of earlier versions, and what to write instead.
+_RENAMED = {
+    "training.compile": "training.mode=compile for true, training.mode=eager (the default) for false",
+}
 
 
 class ConfigError(InputError):
@@ -71,10 +83,10 @@ class DataConfig:
         "folder that holds trainA, trainB and, if there are any, testA and testB; with source `synthetic`, where the "
         "rendered pictures are kept",
     )
-    synthetic_train: int = _option(200, "synthetic only: training pictures a domain, count", low=1)
-    synthetic_test: int = _option(24, "synthetic only: test pictures a domain, count", low=1)
+    synthetic_train: int = _option(200, "synthetic only: training pictures a domain, count", low=1, high=1_000_000)
+    synthetic_test: int = _option(24, "synthetic only: test pictures a domain, count", low=1, high=1_000_000)
     synthetic_size: int = _option(128, "synthetic only: side of the square pictures, pixels", low=16, high=4096)
-    synthetic_seed: int = _option(0, "synthetic only: seed of the scenes", low=0)
+    synthetic_seed: int = _option(0, "synthetic only: seed of the scenes", low=0, high=2**63 - 1)
     limit_train: int | None = _option(
         None, "use a random subset of this many training pictures a domain, chosen by `seed`; null for all", low=1
     )
@@ -135,9 +147,11 @@ class ModelConfig:
     )
     channels_A: int = _option(3, "channels of domain A: 1 gray, 2 gray + alpha, 3 RGB, 4 RGB + alpha", low=1, high=4)
     channels_B: int = _option(3, "channels of domain B, likewise", low=1, high=4)
-    blocks: int = _option(9, "residual blocks of a generator, count (de facto: 9, or 6 for small pictures)", low=1)
-    ngf: int = _option(64, "filters of a generator's first convolution, count", low=1)
-    ndf: int = _option(64, "filters of a discriminator's first convolution, count", low=1)
+    blocks: int = _option(
+        9, "residual blocks of a generator, count (de facto: 9, or 6 for small pictures)", low=1, high=1000
+    )
+    ngf: int = _option(64, "filters of a generator's first convolution, count", low=1, high=4096)
+    ndf: int = _option(64, "filters of a discriminator's first convolution, count", low=1, high=4096)
     dropout: bool = _option(False, "dropout 0.5 inside the residual blocks")
     discriminator: str = _option(
         "patch", "`patch`: PatchGAN, 70x70 with 3 layers; `pixel`: 1x1 convolutions only", choices=("patch", "pixel")
@@ -173,16 +187,22 @@ class LossConfig:
 class TrainingConfig:
     """The optimisation and how it is executed."""
 
-    epochs: int = _option(100, "epochs at the full learning rate", low=0)
-    epochs_decay: int = _option(100, "further epochs in which the learning rate falls linearly towards 0", low=0)
+    epochs: int = _option(100, "epochs at the full learning rate", low=0, high=10**9)
+    epochs_decay: int = _option(
+        100, "further epochs in which the learning rate falls linearly towards 0", low=0, high=10**9
+    )
     steps: int | None = _option(None, "stop after this many optimiser steps, if that comes before the epochs", low=1)
-    batch: int = _option(1, "pairs in one forward pass of one process, count", low=1)
-    accumulate: int = _option(1, "forward passes whose gradients are averaged into one optimiser step, count", low=1)
+    batch: int = _option(1, "pairs in one forward pass of one process, count", low=1, high=65536)
+    accumulate: int = _option(
+        1, "forward passes whose gradients are averaged into one optimiser step, count", low=1, high=65536
+    )
     lr: float = _option(2e-4, "learning rate of all four networks", above=0)
     beta1: float = _option(0.5, "Adam's decay of the first moment", low=0, high=0.999999)
     beta2: float = _option(0.999, "Adam's decay of the second moment", low=0, high=0.999999)
     adam_eps: float = _option(1e-8, "Adam's epsilon", above=0)
-    pool_size: int = _option(50, "generated pictures kept a domain for the discriminators; 0: none", low=0)
+    pool_size: int = _option(
+        50, "generated pictures kept a domain for the discriminators; 0: none", low=0, high=1_000_000
+    )
     precision: str = _option(
         "auto",
         "fp32; tf32 (CUDA only); bf16 or fp16 autocast with fp32 weights, statistics and losses (fp16 CUDA only, with "
@@ -190,10 +210,32 @@ class TrainingConfig:
         choices=("auto", "fp32", "tf32", "bf16", "fp16"),
     )
     channels_last: bool = _option(True, "keep weights and activations in NHWC memory order")
-    compile: bool = _option(False, "run the networks through torch.compile")
+    mode: str = _option(
+        "eager",
+        "how a step is executed: `eager`, operation by operation; `compile`, the networks through torch.compile; "
+        "`graph`, the whole step recorded once as a CUDA graph and replayed, which relieves the host (on a CPU, and "
+        "for pictures of several sizes, a graph is not possible and the step runs eagerly)",
+        choices=("eager", "compile", "graph"),
+    )
+    impl: str = _option(
+        "auto",
+        "the networks by `fused` operations, as plain PyTorch (`reference`), or `auto`: fused where the operations "
+        "have kernels. The weights are the same",
+        choices=("auto", "fused", "reference"),
+    )
+    recompute: bool = _option(
+        False, "compute residual blocks again in the backward pass instead of keeping them: less memory, 28 % more work"
+    )
+    streams: int = _option(
+        1,
+        "CUDA streams of a step, count; 2: what G_B computes runs beside what G_A computes (CUDA only)",
+        choices=(1, 2),
+    )
     deterministic: bool = _option(False, "deterministic algorithms only (slower on CUDA; the CPU always is)")
     device: str = _option("auto", "auto (CUDA when there is one), cpu, cuda or cuda:N")
-    threads: int = _option(0, "CPU threads of one process; 0: all cores, shared among the processes of a host", low=0)
+    threads: int = _option(
+        0, "CPU threads of one process; 0: all cores, shared among the processes of a host", low=0, high=1024
+    )
 
 
 @dataclass(frozen=True)
@@ -220,7 +262,9 @@ class CheckpointConfig:
 class MonitorConfig:
     """What is reported while a run goes on."""
 
-    log_every: int = _option(50, "steps between readings of the losses, which synchronise host and device", low=1)
+    log_every: int = _option(
+        50, "steps between readings of the losses, which synchronise host and device", low=1, high=50_000
+    )
     images_every: float = _option(1.0, "epochs between image grids (fractions too); 0: none", low=0)
     samples: int = _option(4, "fixed test pictures a domain in the grids and the `best` measure, count", low=1, high=64)
     tensorboard: bool = _option(True, "write TensorBoard events beside the JSON lines")
@@ -233,7 +277,7 @@ class Config:
 
     name: str = _option("experiment", "name of the run: its folder below `out`")
     out: str = _option("runs", "folder that holds the runs")
-    seed: int = _option(0, "seed of everything random in the run", low=0)
+    seed: int = _option(0, "seed of everything random in the run", low=0, high=2**63 - 1)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -270,6 +314,18 @@ def from_dict(tree: Mapping[str, Any]) -> Config:
     config: Config = _build(Config, tree, prefix="")
     _check_together(config)
     return config
+
+
+def upgraded(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree of a configuration that an earlier version saved, in today's settings; the tree itself stays."""
+    training = tree.get("training", {})
+    if not isinstance(training, Mapping):  # from_dict will say so
+        return dict(tree)
+    training = dict(training)
+    if "compile" in training:
+        compiled = training.pop("compile")
+        training.setdefault("mode", "compile" if compiled else "eager")
+    return {**tree, "training": training}
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -323,15 +379,64 @@ def reference_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's plain values, without what a settings file needs for nothing but harm.
+
+    Aliases, of which a few lines unfold to billions of values; depth, which ends in a RecursionError; and a field given
+    twice, of which YAML takes the last without a word.
+    """
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or self.depth >= _DEPTH:
+            what = "aliases are not read" if self.depth < _DEPTH else f"more than {_DEPTH} levels are not read"
+            raise yaml.composer.ComposerError(None, None, what, event.start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(None, None, "merge keys are not read", key_node.start_mark)
+            if isinstance(key_node, yaml.ScalarNode) and key_node.value in seen:
+                what = f"the field {key_node.value:.99} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, what, key_node.start_mark)
+            seen.add(key_node.value if isinstance(key_node, yaml.ScalarNode) else None)
+        return super().construct_mapping(node, deep)
+
+
+def _parsed(text: str) -> Any:
+    """The value that YAML text stands for. Raises yaml.YAMLError."""
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 - a subclass of SafeLoader
+    except (ValueError, OverflowError) as error:  # a thirteenth month, a number of a million digits
+        raise yaml.YAMLError(str(error)[:200]) from None
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+            what = "it is a folder" if stat.S_ISDIR(status.st_mode) else "it is not a regular file"
+            raise ConfigError(f"cannot read the configuration {path}: {what}")
+        if status.st_size > _FILE_BYTES:
+            raise ConfigError(f"{path} has {status.st_size} bytes; a configuration has at most {_FILE_BYTES}")
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not a text file in UTF-8; a YAML configuration is needed") from None
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"cannot read the configuration {path}: {error}") from None  # a zero byte in its name
     try:
-        tree = yaml.safe_load(text)
+        tree = _parsed(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if tree is None:
@@ -346,7 +451,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise ConfigError(f"override {override!r} is not of the form section.field=value")
     try:
-        value = yaml.safe_load(text)
+        value = _parsed(text)
     except yaml.YAMLError:
         raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
     *sections, name = key.strip().split(".")
@@ -362,11 +467,13 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 def _build(cls: type, tree: Any, prefix: str) -> Any:
     if not isinstance(tree, Mapping):
-        raise ConfigError(f"{prefix.rstrip('.')} is a section of fields, but was given {tree!r}")
+        raise ConfigError(f"{prefix.rstrip('.')} is a section of fields, but was given {_words(tree)}")
     hints = typing.get_type_hints(cls)
     fields = {item.name: item for item in dataclasses.fields(cls)}
     values: dict[str, Any] = {}
     for name, value in tree.items():
+        if f"{prefix}{name}" in _RENAMED:
+            raise ConfigError(f"{prefix}{name} is no setting any more: write {_RENAMED[prefix + name]}")
         if name not in fields:
             raise ConfigError(_unknown(f"{prefix}{name}"))
         hint = hints[name]
@@ -379,6 +486,7 @@ def _build(cls: type, tree: Any, prefix: str) -> Any:
 
 def _unknown(dotted: str) -> str:
     """The message for an unknown field: the nearest name in its own section, else the nearest anywhere."""
+    dotted = _words(dotted)[1:-1]
     known = [name for name, *_ in describe()]
     sections = sorted({name.partition(".")[0] for name in known})
     section, _, last = dotted.rpartition(".")
@@ -393,21 +501,20 @@ def _unknown(dotted: str) -> str:
 def _checked(value: Any, item: dataclasses.Field[Any], hint: Any, name: str) -> Any:
     try:
         value = _coerce(value, hint)
-    except (TypeError, ValueError):
-        raise ConfigError(f"{name} = {value!r} is not allowed: {_allowed(item, hint)}") from None
+    except (TypeError, ValueError, OverflowError):  # the last for an integer beyond every float
+        raise ConfigError(f"{name} = {_words(value)} is not allowed: {_allowed(item, hint)}") from None
     meta = item.metadata
     if value is None:
         return None
-    numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
     wrong = (
         (meta["choices"] is not None and value not in meta["choices"])
-        or (numeric and not math.isfinite(value))
+        or (isinstance(value, float) and not math.isfinite(value))
         or (meta["low"] is not None and value < meta["low"])
         or (meta["high"] is not None and value > meta["high"])
         or (meta["above"] is not None and value <= meta["above"])
     )
     if wrong:
-        raise ConfigError(f"{name} = {value!r} is not allowed: {_allowed(item, hint)}")
+        raise ConfigError(f"{name} = {_words(value)} is not allowed: {_allowed(item, hint)}")
     return value
 
 
@@ -430,9 +537,19 @@ def _coerce(value: Any, hint: Any) -> Any:
         if isinstance(value, bool):
             raise TypeError
         return float(value)
-    if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+    if isinstance(value, (str, int, float)) and not isinstance(value, bool) and "\0" not in str(value):
         return str(value)
-    raise TypeError
+    raise TypeError  # a zero byte cannot be part of a path either
+
+
+def _words(value: Any) -> str:
+    """A value as Python writes it, cut to what a message can hold."""
+    shortener = reprlib.Repr()
+    shortener.maxstring = shortener.maxother = shortener.maxlong = 120
+    try:
+        return shortener.repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        return f"a {type(value).__name__} too long to write"
 
 
 def _allowed(item: dataclasses.Field[Any], hint: Any) -> str:

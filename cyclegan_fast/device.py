@@ -9,6 +9,9 @@ from typing import Any
 import torch
 
 from cyclegan_fast.errors import InputError
+from cyclegan_fast.machine import usable_cores
+
+__all__ = ["AUTOCAST", "PRECISIONS", "arithmetic", "resolve_device", "resolve_precision", "usable_cores"]
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 # The type that a resolved precision casts to; the others cast nothing.

@@ -7,13 +7,16 @@ import os
 import platform
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 
+from cyclegan_fast import roofline
 from cyclegan_fast.data.store import default_cache
 from cyclegan_fast.device import resolve_device, resolve_precision
+from cyclegan_fast.machine import cpu_name, usable_cores
 from cyclegan_fast.ops import _launch, _native, _verify
 from cyclegan_fast.version import __version__
 
@@ -25,6 +28,7 @@ def report() -> str:
     sections = {
         "Versions": _versions(),
         "Devices": _devices(),
+        "Measured ceilings": _ceilings(),
         "Training": _training(),
         "Operations": _operations(),
         "Pictures": _pictures(),
@@ -48,8 +52,7 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 
 def _devices() -> Iterator[tuple[str, str]]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    yield "CPU", f"{_cpu_name()}, {cores} cores usable, {torch.backends.cpu.get_cpu_capability()}"
+    yield "CPU", f"{cpu_name()}, {usable_cores()} cores usable, {torch.backends.cpu.get_cpu_capability()}"
     yield (
         "CPU bf16",
         (
@@ -65,6 +68,27 @@ def _devices() -> Iterator[tuple[str, str]]:
         memory = f"{gpu.total_memory / 1e9:.0f} GB"
         precision = resolve_precision("auto", torch.device("cuda", index))
         yield f"cuda:{index}", f"{gpu.name}, {gpu.major}.{gpu.minor}, {memory}, `auto` precision is {precision}"
+
+
+def measure(device: str) -> str:
+    """Measure the ceilings of ``device`` (`auto`, `cpu`, `cuda`, `cuda:N`), keep them, and tell them in one line.
+
+    Raises InputError for a device that is not there.
+    """
+    resolved = resolve_device(device)
+    found = roofline.measure(resolved)
+    kept = "" if roofline.measured(resolved) is not None else " (not kept: the cache folder cannot be written to)"
+    return f"{resolved}, {found.device}: {found}{kept}"
+
+
+def _ceilings() -> Iterator[tuple[str, str]]:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for device in (torch.device("cpu"), *(torch.device("cuda", index) for index in range(count))):
+        found = roofline.measured(device)
+        if found is None:
+            yield str(device), f"not measured: `cyclegan-fast doctor --measure {device}`"
+        else:
+            yield str(device), f"{found}, measured {time.strftime('%Y-%m-%d', time.localtime(found.time))}"
 
 
 def _training() -> Iterator[tuple[str, str]]:
@@ -128,14 +152,6 @@ def _tool(*names: str) -> str | None:
             release = next((line for line in version if "release" in line), version[0] if version else "")
             return f"{path}: {release.strip()}"
     return None
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123 - not a file of the user's
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _why_no_cuda() -> str:

@@ -111,6 +111,25 @@ def test_doctor_tells_what_is_here(capfd: pytest.CaptureFixture[str]) -> None:
     assert "JPEG, PNG" in text
 
 
+def test_doctor_measures_and_remembers(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from cyclegan_fast import roofline
+
+    monkeypatch.setattr(roofline, "_SIDES", (16,))
+    monkeypatch.setattr(roofline, "_REPEATS", (1, 1))
+    monkeypatch.setattr(roofline, "_COPY_BYTES", 2**16)
+    assert main(["doctor"]) == 0
+    assert "not measured: `cyclegan-fast doctor --measure cpu`" in capfd.readouterr().out
+    assert main(["doctor", "--measure", "cpu"]) == 0
+    text = capfd.readouterr().out
+    assert text.startswith("measured cpu, ")
+    assert "cannot be written to" not in text
+    ceilings = text.partition(": fp32 ")[2].splitlines()[0]
+    assert main(["doctor"]) == 0
+    assert f"fp32 {ceilings}, measured 20" in capfd.readouterr().out  # the figures and the day
+    assert main(["doctor", "--measure", "cuda:99"]) == 2
+    assert "cuda:99" in capfd.readouterr().err
+
+
 def test_help_config_is_the_page_of_the_docs(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--help-config"]) == 0
     assert capfd.readouterr().out == (ROOT / "docs" / "config.md").read_text(encoding="utf-8")

@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cyclegan_fast.config import Config, ConfigError, describe, from_dict, load_config, reference_page, to_dict, to_yaml
+from cyclegan_fast.config import (
+    Config,
+    ConfigError,
+    describe,
+    from_dict,
+    load_config,
+    reference_page,
+    to_dict,
+    to_yaml,
+    upgraded,
+)
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -55,11 +65,15 @@ def test_an_empty_file_and_empty_sections_mean_defaults(tmp_path: Path) -> None:
         ("data.xyzzy=1", ["unknown field data.xyzzy", "did you mean data."]),
         ("training.lr=-1", ["training.lr = -1.0", "a number > 0"]),
         ("training.lr=.nan", ["training.lr = nan", "a number > 0"]),
-        ("training.batch=0", ["training.batch = 0", "an integer >= 1"]),
+        ("training.batch=0", ["training.batch = 0", "an integer from 1 to 65536"]),
         ("training.batch=1.5", ["training.batch = 1.5", "an integer"]),
         ("training.batch=many", ["training.batch = 'many'", "an integer"]),
         ("training.batch=true", ["training.batch = True", "an integer"]),
-        ("training.compile=1", ["training.compile = 1", "true or false"]),
+        ("training.recompute=1", ["training.recompute = 1", "true or false"]),
+        ("training.compile=true", ["training.compile is no setting any more", "write training.mode=compile"]),
+        ("training.mode=fast", ["training.mode = 'fast'", "eager, compile, graph"]),
+        ("training.impl=triton", ["training.impl = 'triton'", "auto, fused, reference"]),
+        ("training.streams=3", ["training.streams = 3", "one of 1, 2"]),
         ("training.precision=fp8", ["training.precision = 'fp8'", "auto, fp32, tf32, bf16, fp16"]),
         ("model.channels_A=5", ["model.channels_A = 5", "from 1 to 4"]),
         ("data=3", ["data is a section"]),
@@ -77,6 +91,18 @@ def test_what_is_refused_and_how(override: str, words: list[str]) -> None:
         load_config(None, [override])
     for word in words:
         assert word in str(error.value)
+
+
+def test_the_configuration_of_an_older_checkpoint_is_upgraded() -> None:
+    old = to_dict(load_config(None, ["training.lr=1e-3"]))
+    del old["training"]["mode"]
+    for compiled, mode in ((True, "compile"), (False, "eager")):
+        old["training"]["compile"] = compiled
+        config = from_dict(upgraded(old))
+        assert (config.training.mode, config.training.lr) == (mode, 1e-3)
+    assert old["training"]["compile"] is False
+    assert from_dict(upgraded({})) == Config()
+    assert upgraded(to_dict(Config())) == to_dict(Config())
 
 
 def test_no_epoch_at_all_is_refused() -> None:

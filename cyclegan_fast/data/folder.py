@@ -18,7 +18,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cyclegan_fast.data.photo import EXTENSIONS, PhotoError, open_photo, read_header
-from cyclegan_fast.errors import InputError
+from cyclegan_fast.errors import InputError, shown
+from cyclegan_fast.machine import usable_cores
 
 __all__ = ["SPLITS", "DataError", "Entry", "Scan", "list_images", "report", "scan_dataset", "scan_folder", "subset"]
 
@@ -67,26 +68,28 @@ def list_images(folder: str | Path) -> list[Path]:
     folder or one below it cannot be listed.
     """
     folder = Path(folder)
-    return sorted(_walk(folder, set()), key=lambda path: path.relative_to(folder).as_posix())
+    return sorted(_walk(folder), key=lambda path: path.relative_to(folder).as_posix())
 
 
-def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
-    try:
-        status = folder.stat()
-        children = list(folder.iterdir())
-    except OSError as error:
-        raise DataError(f"{folder}: the folder cannot be listed: {error.strerror}") from error
-    identity = (status.st_dev, status.st_ino)
-    if identity in seen:
-        return
-    seen.add(identity)
-    for child in sorted(children):
-        if child.name.startswith("."):
-            continue
-        if child.is_dir():
-            yield from _walk(child, seen)
-        elif child.suffix.lower() in EXTENSIONS:  # also a broken link: the scan reports it
-            yield child
+def _walk(folder: Path) -> Iterator[Path]:
+    """The pictures below a folder. A list instead of recursion: folders may lie deeper than Python recurses."""
+    seen: set[tuple[int, int]] = set()
+    waiting = [folder]
+    while waiting:
+        current = waiting.pop()
+        try:
+            status = current.stat()
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            children = [child for child in sorted(current.iterdir()) if not child.name.startswith(".")]
+            folders = [child for child in children if child.is_dir()]
+        except OSError as error:
+            raise DataError(f"{current}: the folder cannot be listed: {error.strerror}") from error
+        waiting += folders[::-1]
+        inside = set(folders)
+        # Also broken links: the scan reports them.
+        yield from (child for child in children if child not in inside and child.suffix.lower() in EXTENSIONS)
 
 
 def scan_folder(
@@ -99,7 +102,7 @@ def scan_folder(
     """
     folder = Path(folder)
     paths = list_images(folder)
-    executor = ThreadPoolExecutor(max_workers=workers or _cores())
+    executor = ThreadPoolExecutor(max_workers=workers or usable_cores())
     try:
         looks = executor.map(lambda path: _look_at(path, folder, full), paths)
         results = list(tqdm(looks, total=len(paths), desc=f"scan {split}", unit="picture", disable=not progress))
@@ -126,12 +129,6 @@ def _look_at(path: Path, folder: Path, full: bool) -> Entry | PhotoError:
     name = path.relative_to(folder).as_posix()
     size_on_disk, mtime_ns = status.st_size, status.st_mtime_ns
     return Entry(path, name, header.width, header.height, header.mode, header.format, size_on_disk, mtime_ns)
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def scan_dataset(
@@ -205,10 +202,10 @@ def _settle_bad(scans: Mapping[str, Scan], unreadable: str) -> None:
         return
     if unreadable == "skip":
         for path, reason in bad:
-            logger.warning("left out: %s: %s", path, reason)
+            logger.warning("left out: %s: %s", shown(path), shown(reason))
         return
     files = "1 file" if len(bad) == 1 else f"{len(bad)} files"
-    lines = "\n".join(f"  {path}: {reason}" for path, reason in bad[:_LISTED])
+    lines = "\n".join(f"  {shown(path)}: {shown(reason)}" for path, reason in bad[:_LISTED])
     more = f"\n  ... and {len(bad) - _LISTED} more" if len(bad) > _LISTED else ""
     raise DataError(
         f"{files} cannot be used:\n{lines}{more}\nRepair or remove them; `data.unreadable=skip` leaves them out"
@@ -224,7 +221,7 @@ def report(scans: Mapping[str, Scan]) -> str:
     for split, *numbers, formats in rows:
         aligned = [cell.rjust(width) for cell, width in zip(numbers, widths[1:-1], strict=True)]
         lines.append("  ".join([split.ljust(widths[0]), *aligned, formats]))
-    lines += [f"bad: {path}: {reason}" for scan in scans.values() for path, reason in scan.bad]
+    lines += [f"bad: {shown(path)}: {shown(reason)}" for scan in scans.values() for path, reason in scan.bad]
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import queue
@@ -19,12 +20,12 @@ from torch import Tensor
 from cyclegan_fast import distributed
 from cyclegan_fast.config import Config
 from cyclegan_fast.data import sampler, synthetic
-from cyclegan_fast.data.augment import crop_flip
 from cyclegan_fast.data.folder import DataError, Entry, Scan, scan_dataset, subset
 from cyclegan_fast.data.photo import PhotoError, open_photo
 from cyclegan_fast.data.store import Preprocess, Store, default_cache, open_store
+from cyclegan_fast.ops.crop_flip import crop_flip
 
-__all__ = ["Batch", "PairLoader", "TrainingData", "load_samples", "open_training_data"]
+__all__ = ["Batch", "PairLoader", "Plan", "TrainingData", "Windows", "load_samples", "open_training_data"]
 
 Int64Array = npt.NDArray[np.int64]
 UInt8Array = npt.NDArray[np.uint8]
@@ -50,23 +51,26 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Windows:
-    """What one domain contributes to a step, as the host prepares it.
+class Windows:
+    """What one domain contributes to a step, as the host prepares it, for n = accumulate * batch pictures.
 
-    index: int64 [n]; plan: int64 [4, n], rows index, y, x, flip, pinned for CUDA; size: (h, w); cut: uint8
-    [n, h, w, C], the windows themselves when they are cut on the host, else None.
+    index: int64 [accumulate, batch], the pictures' places in the store; places: int64 [4, n], rows picture, y, x, flip,
+    of the windows in the store or in `cut`, pinned for CUDA; size: (h, w); cut: uint8 [n, h, w, C], the windows
+    themselves where they are cut on the host, pinned for CUDA, else None.
     """
 
     index: Int64Array
-    plan: Tensor
+    places: Tensor
     size: tuple[int, int]
     cut: Tensor | None
 
 
-@dataclass(frozen=True)
-class _Prepared:
+class Plan(NamedTuple):
+    """The host's part of one optimiser step: which windows of which pictures; epoch: from 1."""
+
+    A: Windows
+    B: Windows
     epoch: int
-    domains: tuple[_Windows, _Windows]
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,21 @@ class PairLoader:
         return self._images is not None
 
     @property
+    def images(self) -> tuple[Tensor, Tensor] | None:
+        """The stores of A and of B, uint8 [M, H, W, C], on the device, if they are kept there."""
+        return self._images
+
+    @property
+    def windows(self) -> tuple[tuple[int, int, int], tuple[int, int, int]] | None:
+        """(h, w, C) of every window of A and of B, or None where whole pictures have several sizes."""
+        if self._crop is None and not all(store.uniform for store in self._stores):
+            return None
+        sizes = [(int(store.sizes[0, 0]), int(store.sizes[0, 1])) for store in self._stores]
+        height_width = sizes if self._crop is None else [(self._crop, self._crop)] * 2
+        (A, B) = ((*size, store.channels) for size, store in zip(height_width, self._stores, strict=True))
+        return A, B
+
+    @property
     def names(self) -> tuple[list[str], list[str]]:
         """File names of all pictures of A and of B, in the order of their indices."""
         return self._stores[0].names, self._stores[1].names
@@ -157,12 +176,21 @@ class PairLoader:
         return self._finish(self._prepare(step))
 
     def iterate(self, start: int, stop: int) -> Generator[Batch, None, None]:
-        """The batches of the steps [start, stop), the host's part of each prepared ahead by a thread.
+        """The batches of the steps [start, stop), the host's part of each prepared ahead by a thread: see `plans`.
+
+        All work on the device is queued by the caller's thread, in its current stream.
+        """
+        with contextlib.closing(self.plans(start, stop)) as plans:
+            for plan in plans:
+                yield self._finish(plan)
+
+    def plans(self, start: int, stop: int) -> Generator[Plan, None, None]:
+        """The host's part of the steps [start, stop), prepared ahead by a thread.
 
         What goes wrong there is raised here. The thread ends with the iterator: when it is exhausted, closed or
-        collected. All work on the device is queued by the caller's thread, in its current stream.
+        collected.
         """
-        ahead: queue.Queue[_Prepared | BaseException] = queue.Queue(_QUEUED)
+        ahead: queue.Queue[Plan | BaseException] = queue.Queue(_QUEUED)
         closed = threading.Event()
         thread = threading.Thread(
             target=self._prepare_ahead, args=(start, stop, ahead, closed), name="cyclegan_fast-loader", daemon=True
@@ -170,21 +198,21 @@ class PairLoader:
         thread.start()
         try:
             for _ in range(start, stop):
-                prepared = ahead.get()
-                if isinstance(prepared, BaseException):
-                    raise prepared
-                yield self._finish(prepared)
+                plan = ahead.get()
+                if isinstance(plan, BaseException):
+                    raise plan
+                yield plan
         finally:
             closed.set()
             thread.join()
 
     def _prepare_ahead(
-        self, start: int, stop: int, ahead: queue.Queue[_Prepared | BaseException], closed: threading.Event
+        self, start: int, stop: int, ahead: queue.Queue[Plan | BaseException], closed: threading.Event
     ) -> None:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # of this thread: pinned memory belongs to a device
         for step in range(start, stop):
-            item: _Prepared | BaseException
+            item: Plan | BaseException
             try:
                 item = self._prepare(step)
             except BaseException as error:  # raised again by the thread that asks for the batch
@@ -198,14 +226,14 @@ class PairLoader:
             if closed.is_set() or isinstance(item, BaseException):
                 return
 
-    def _prepare(self, step: int) -> _Prepared:
+    def _prepare(self, step: int) -> Plan:
         """The host's part of a step: which windows, and their bytes unless the stores are on the device."""
         epoch, positions = self._positions(step)
         order = self._order(epoch)
-        windows = [self._windows(domain, order[domain][positions], epoch, positions) for domain in (0, 1)]
-        return _Prepared(epoch, (windows[0], windows[1]))
+        A, B = (self._choose(domain, order[domain][positions], epoch, positions) for domain in (0, 1))
+        return Plan(A, B, epoch)
 
-    def _windows(self, domain: int, index: Int64Array, epoch: int, positions: Int64Array) -> _Windows:
+    def _choose(self, domain: int, index: Int64Array, epoch: int, positions: Int64Array) -> Windows:
         store = self._stores[domain]
         flat = index.reshape(-1)
         if self._frozen:
@@ -215,25 +243,25 @@ class PairLoader:
         sizes = store.sizes[flat]
         size = (int(sizes[0, 0]), int(sizes[0, 1])) if self._crop is None else (self._crop, self._crop)
         room = sizes - size + 1
-        plan = np.zeros((4, len(flat)), dtype=np.int64)
-        plan[0] = flat
-        plan[1] = draws.y * room[:, 0]
-        plan[2] = draws.x * room[:, 1]
-        plan[3] = draws.flip & self._flip
-        if self._images is not None:
-            return _Windows(index, self._pinned(torch.from_numpy(plan)), size, None)
-        cut = self._cut(store, plan, size)
-        plan[:3] = 0
-        plan[0] = np.arange(len(flat))
-        return _Windows(index, self._pinned(torch.from_numpy(plan)), size, cut)
+        places = np.zeros((4, len(flat)), dtype=np.int64)
+        places[0] = flat
+        places[1] = draws.y * room[:, 0]
+        places[2] = draws.x * room[:, 1]
+        places[3] = draws.flip & self._flip
+        cut = None
+        if self._images is None:
+            cut = self._cut(store, places, size)
+            places[:3] = 0
+            places[0] = np.arange(len(flat))
+        return Windows(index, self._pinned(torch.from_numpy(places)), size, cut)
 
-    def _cut(self, store: Store, plan: Int64Array, size: tuple[int, int]) -> Tensor:
+    def _cut(self, store: Store, places: Int64Array, size: tuple[int, int]) -> Tensor:
         """Copy the windows out of the mapped file: uint8 [n, h, w, C], pinned for CUDA."""
         h, w = size
         # A new buffer each time: torch reuses pinned memory only after the copies from it are done.
-        cut = torch.empty((plan.shape[1], h, w, store.channels), dtype=torch.uint8, pin_memory=self._pin)
+        cut = torch.empty((places.shape[1], h, w, store.channels), dtype=torch.uint8, pin_memory=self._pin)
         target: UInt8Array = cut.numpy()
-        for window, (i, y, x, _) in zip(target, plan.T.tolist(), strict=True):
+        for window, (i, y, x, _) in zip(target, places.T.tolist(), strict=True):
             window[:] = store[i][y : y + h, x : x + w]
         return cut
 
@@ -244,21 +272,20 @@ class PairLoader:
     def _pinned(self, tensor: Tensor) -> Tensor:
         return tensor.pin_memory() if self._pin else tensor
 
-    def _finish(self, prepared: _Prepared) -> Batch:
+    def _finish(self, plan: Plan) -> Batch:
         """The device's part of a step, queued without waiting for it."""
         reals = []
-        for domain, windows in enumerate(prepared.domains):
+        for domain, windows in enumerate((plan.A, plan.B)):
             if windows.cut is not None:
                 images = windows.cut.to(self._device, non_blocking=True)
             elif self._images is not None:
                 images = self._images[domain]
             else:
                 raise RuntimeError("windows were neither cut nor is the store on the device")
-            index, y, x, flip = windows.plan.to(self._device, non_blocking=True).unbind()
-            real = crop_flip(images, y, x, flip.bool(), windows.size, index)
+            index, y, x, flip = windows.places.to(self._device, non_blocking=True).unbind()
+            real = crop_flip(images, index, y, x, flip.bool(), windows.size)
             reals.append(real.unflatten(0, windows.index.shape))
-        windows_A, windows_B = prepared.domains
-        return Batch(reals[0], reals[1], windows_A.index, windows_B.index, prepared.epoch)
+        return Batch(reals[0], reals[1], plan.A.index, plan.B.index, plan.epoch)
 
 
 def load_samples(
@@ -369,8 +396,8 @@ def _load_sample(path: Path, preprocess: Preprocess) -> Tensor:
             f"{path}: {width} x {height} pixels is too small for a crop of {w} x {h}: lower data.crop_size, or choose "
             "data.preprocess=resize_and_crop, which enlarges it"
         )
-    y, x = torch.tensor([(height - h) // 2]), torch.tensor([(width - w) // 2])
-    return crop_flip(torch.from_numpy(pixels.copy())[None], y, x, torch.tensor([False]), (h, w))
+    index, y, x = (torch.tensor([value]) for value in (0, (height - h) // 2, (width - w) // 2))
+    return crop_flip(torch.from_numpy(pixels.copy())[None], index, y, x, torch.tensor([False]), (h, w))
 
 
 def _with_index(device: torch.device) -> torch.device:

@@ -22,6 +22,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 import stat
 import struct
 import uuid
@@ -41,7 +42,7 @@ from PIL.PpmImagePlugin import PpmImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from cyclegan_fast.errors import InputError
+from cyclegan_fast.errors import InputError, shown
 
 __all__ = [
     "EXTENSIONS",
@@ -62,6 +63,18 @@ EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".jpe", ".png", ".webp", ".tif", ".tiff", ".bmp", ".heic", ".heif", ".avif", ".ppm", ".pgm"}
 )
 MAX_PIXELS = 300_000_000
+
+# Limits for files made to harm. Decoding a picture of MAX_PIXELS takes up to 20 bytes a pixel.
+_MAX_BYTES = 4_000_000_000
+_MAX_BYTES_AT_ONCE = 400_000_000  # of formats whose files are read into memory whole
+_READ_AT_ONCE = ("JPEG", "WEBP", "AVIF", "HEIF")
+_MAX_PAGES = 100
+_MAX_SCANS = 100  # libtiff's limit too; progressive encoders write ten
+_MAX_EXIF = 16_000_000
+_MAX_PROFILE = 16_000_000
+_BAND_PIXELS = 4_000_000  # pixels whose gray values are scaled at a time
+# A marker of a JPEG file that is not part of entropy-coded data, and not the beginning of a picture.
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd8]")
 
 _KNOWN = "JPEG, PNG, WebP, TIFF, BMP, HEIC, AVIF, PPM"
 _SAVED_AS = {
@@ -101,7 +114,7 @@ class PhotoError(InputError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+        return f"{shown(self.path)}: {shown(self.reason)}"
 
 
 @dataclass(frozen=True)
@@ -161,6 +174,7 @@ def open_photo(path: str | Path, channels: int = 3) -> Photo:
         raise ValueError(f"channels = {channels!r} is not allowed: one of {', '.join(map(str, MODES))}")
     path = Path(path)
     with _opened(path) as image:
+        _refuse_many_scans(path, image)
         colour, alpha = _decode(image)
         profile = image.info.get("icc_profile") or None
         colour = _to_srgb(colour, profile, path)
@@ -231,10 +245,11 @@ _READERS: dict[str, type[ImageFile.ImageFile]] = {
 def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
     """The file's picture with its header read; whatever goes wrong, also while it is used, is a PhotoError."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise PhotoError(path, "not a file" if path.is_dir() else "not a regular file")
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise PhotoError(path, "not a file" if stat.S_ISDIR(status.st_mode) else "not a regular file")
         with path.open("rb") as file:
-            image = _identify(path, file)
+            image = _identify(path, file, status.st_size)
             _refuse_unusable(path, image)
             yield image
     except PhotoError:
@@ -245,7 +260,7 @@ def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
         raise PhotoError(path, f"cannot be read: {_words(error)}") from error
 
 
-def _identify(path: Path, file: IO[bytes]) -> ImageFile.ImageFile:
+def _identify(path: Path, file: IO[bytes], size: int) -> ImageFile.ImageFile:
     """The reader for the file's format, by its first bytes, restricted to the formats a photograph may have.
 
     Readers are called directly: ``Image.open`` warns of or refuses pictures above a limit that is global state.
@@ -258,6 +273,9 @@ def _identify(path: Path, file: IO[bytes]) -> ImageFile.ImageFile:
     file_format = _format_of(head)
     if file_format is None:
         raise PhotoError(path, f"not a picture in a known format ({_KNOWN}); it begins with {bytes(head[:12])!r}")
+    limit = _MAX_BYTES_AT_ONCE if file_format in _READ_AT_ONCE else _MAX_BYTES
+    if size > limit:
+        raise PhotoError(path, f"a {file_format} file of {size / 1e6:.0f} MB, above the limit of {limit / 1e6:.0f}")
     reader = _heif_package(path).HeifImageFile if file_format == "HEIF" else _READERS[file_format]
     try:
         image: ImageFile.ImageFile = reader(file, "")
@@ -312,17 +330,55 @@ def _refuse_unusable(path: Path, image: ImageFile.ImageFile) -> None:
             f"{width}x{height} is {width * height / 1e6:.0f} megapixels, above the limit of "
             f"{MAX_PIXELS / 1e6:.0f} that guards against decompression bombs",
         )
-    frames = getattr(image, "n_frames", 1)
-    if frames == 1 or image.format == "HEIF":  # a HEIF file names its primary picture
+    if isinstance(image, TiffImageFile):
+        _refuse_pages(path, image)
         return
-    if not isinstance(image, TiffImageFile):
+    frames = getattr(image, "n_frames", 1)
+    if frames != 1 and image.format != "HEIF":  # a HEIF file names its primary picture
         raise PhotoError(path, f"an animation of {frames} frames, not a photograph: take out its frames first")
-    for page in range(1, frames):
-        image.seek(page)
+
+
+def _refuse_pages(path: Path, image: TiffImageFile) -> None:
+    """Refuse a TIFF of several pages, but for smaller versions and masks of the first.
+
+    Its pages are not counted by Pillow, which takes a time that grows with the square of their number.
+    """
+    pages, whole = 1, True
+    while pages <= _MAX_PAGES:
+        try:
+            image.seek(pages)
+        except EOFError:
+            break
         reduced_or_mask = int(image.tag_v2.get(0x00FE, 0)) & 0b101
-        if not reduced_or_mask:
-            raise PhotoError(path, f"a document of {frames} pages, not a photograph: take out its pages first")
-    image.seek(0)
+        whole = whole and bool(reduced_or_mask)
+        pages += 1
+    if not whole or pages > _MAX_PAGES:
+        count = f"more than {_MAX_PAGES}" if pages > _MAX_PAGES else pages
+        raise PhotoError(path, f"a document of {count} pages, not a photograph: take out its pages first")
+    if pages > 1:
+        image.seek(0)
+
+
+def _refuse_many_scans(path: Path, image: ImageFile.ImageFile) -> None:
+    """Refuse a JPEG of very many scans: each takes ten bytes of the file, and a pass over all of the picture."""
+    if not isinstance(image, JpegImageFile) or image.fp is None:
+        return
+    position = image.fp.tell()
+    image.fp.seek(0)
+    content = image.fp.read()
+    image.fp.seek(position)
+    if content.count(b"\xff\xda") > _MAX_SCANS and _scans(content) > _MAX_SCANS:  # the first number is a quick bound
+        raise PhotoError(path, f"it has more than {_MAX_SCANS} scans, which no camera or program writes")
+
+
+def _scans(content: bytes) -> int:
+    """Scans of the first picture in a JPEG file; no more than _MAX_SCANS + 1 are counted."""
+    scans, marker = 0, _JPEG_MARKER.search(content, 2)
+    while marker and marker[0] != b"\xff\xd9" and scans <= _MAX_SCANS:
+        scans += marker[0] == b"\xff\xda"
+        length = int.from_bytes(content[marker.end() : marker.end() + 2], "big")
+        marker = _JPEG_MARKER.search(content, marker.end() + length)
+    return scans
 
 
 def _words(error: BaseException) -> str:
@@ -372,27 +428,37 @@ def _key_as_decoded(key: Any, rawmode: str) -> Any:
 
 def _gray_to_8_bits(image: ImageFile.ImageFile) -> tuple[Image.Image, Image.Image | None]:
     """16-bit, 32-bit and float gray, scaled so that white is 255 and rounded, with its alpha if it has any."""
-    values: np.ndarray[Any, Any] = np.asarray(image)
+    stored: np.ndarray[Any, Any] = np.asarray(image)
     key = image.info.get("transparency")
-    alpha = None if key is None else Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8))
+    alpha = None if key is None else Image.fromarray(np.where(stored == key, np.uint8(0), np.uint8(255)))
     tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
     bits, sample_format = (int(tags[tag][0]) if tag in tags else default for tag, default in ((258, 16), (339, 1)))
-    if image.mode == "F":
-        values = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-        white = _white_of(values, (1.0, 255.0, 65535.0))
-    elif bits > 16:
-        values = values.astype(np.int64) if sample_format == 2 else values.astype(np.int64) & 0xFFFFFFFF
-        white = _white_of(values, (255.0, 65535.0, 2.0**32 - 1))
+    rows = max(1, _BAND_PIXELS // max(1, image.width))  # the numbers take four to eight times the room of the pixels
+    bands = [stored[top : top + rows] for top in range(0, image.height, rows)]
+
+    def numbers(band: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        if image.mode == "F":
+            finite: np.ndarray[Any, Any] = np.nan_to_num(band.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+            return finite
+        if bits > 16:
+            return band.astype(np.int64) if sample_format == 2 else band.astype(np.int64) & 0xFFFFFFFF
+        return band
+
+    if image.mode == "F" or bits > 16:
+        scales = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0, 2.0**32 - 1)
+        white = _white_of(max(float(numbers(band).max()) for band in bands), scales)
     else:
         white = 2.0 ** (bits - (sample_format == 2)) - 1
-    levels = np.clip(values * (255.0 / white), 0.0, 255.0)
-    if tags.get(262) == 0:  # photometric interpretation WhiteIsZero
-        levels = 255.0 - levels
-    return Image.fromarray(np.rint(levels).astype(np.uint8)), alpha
+    levels = np.empty(stored.shape, np.uint8)
+    for index, band in enumerate(bands):
+        scaled = np.clip(numbers(band) * (255.0 / white), 0.0, 255.0)
+        if tags.get(262) == 0:  # photometric interpretation WhiteIsZero
+            scaled = 255.0 - scaled
+        levels[index * rows : index * rows + len(band)] = np.rint(scaled)
+    return Image.fromarray(levels), alpha
 
 
-def _white_of(values: np.ndarray[Any, Any], scales: tuple[float, ...]) -> float:
-    largest = float(values.max())
+def _white_of(largest: float, scales: tuple[float, ...]) -> float:
     for white in scales:
         if largest <= white:
             return white
@@ -417,6 +483,8 @@ def _to_srgb(colour: Image.Image, profile: bytes | None, path: Path) -> Image.Im
     """L, RGB, CMYK or LAB pixels as sRGB: L or RGB. A profile that cannot be used is left out with a warning."""
     if profile is not None:
         try:
+            if len(profile) > _MAX_PROFILE:
+                raise ValueError(f"it has {len(profile) / 1e6:.0f} MB, above the limit of {_MAX_PROFILE / 1e6:.0f}")
             return _apply_profile(colour, ImageCms.ImageCmsProfile(io.BytesIO(profile)))
         except Exception as error:
             logger.warning("%s: its colour profile is ignored: %s", path, _words(error))
@@ -512,7 +580,7 @@ def _late_png_exif(image: ImageFile.ImageFile) -> bytes:
         while len(head := file.read(8)) == 8:
             length, kind = struct.unpack(">I4s", head)
             if kind == b"eXIf":
-                return file.read(length)
+                return file.read(length) if length <= _MAX_EXIF else b"too long"
             file.seek(length + 4, os.SEEK_CUR)
         return b""
     finally:
@@ -662,7 +730,7 @@ def _for_format(image: Image.Image, file_format: str) -> Image.Image:
 
 def _write_atomically(path: Path, content: bytes) -> None:
     """Write to a temporary name in the same folder and rename, so that no one ever sees part of a file."""
-    temporary = path.with_name(f".{path.name[:80]}.{uuid.uuid4().hex[:12]}.part")
+    temporary = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
         with temporary.open("xb") as file:
             file.write(content)

@@ -19,15 +19,17 @@ import json
 import logging
 import os
 import queue
+import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
 import time
 import uuid
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -39,7 +41,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from cyclegan_fast.data.folder import DataError, Entry
-from cyclegan_fast.data.photo import PhotoError, open_photo
+from cyclegan_fast.data.photo import MAX_PIXELS, PhotoError, open_photo
+from cyclegan_fast.errors import shown
+from cyclegan_fast.machine import usable_cores
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +66,8 @@ _log = logging.getLogger("cyclegan_fast.store")
 _FORMAT = 1  # part of the key: raise it when the bytes of a store change their meaning
 _LISTED = 20  # files named in one message
 _PIXELS_A_WORKER = 20_000_000  # below this, starting another process takes longer than it saves
+_INDEX_BYTES_A_PICTURE = 32_768  # a name of 4096 bytes, escaped, and its size
+_UNFINISHED = re.compile(r"(.+-[0-9a-f]{32})-[0-9a-f]{8}\.tmp")  # names of folders that builders work in
 _STALE_SECONDS = 24 * 3600.0  # without file locks, an unfinished store of this age belongs to a killed builder
 
 _CROPPING = ("resize_and_crop", "crop", "scale_width_and_crop")
@@ -213,7 +219,7 @@ def open_store(
     _check_sizes(entries, preprocess, split)
     cache = Path(cache).expanduser()
     key = _key(entries, preprocess)
-    store = _read(_folder(cache, split, key), key)
+    store = _read(_folder(cache, split, key), key, entries, preprocess)
     if store is None:
         builder = _Builder(entries, preprocess, cache, split, unreadable, workers, progress)
         try:
@@ -251,6 +257,18 @@ def _resize_bilinear_tf(array: UInt8Array, height: int, width: int) -> UInt8Arra
 
 
 def _check_sizes(entries: Sequence[Entry], preprocess: Preprocess, split: str) -> None:
+    large = [
+        f"{entry.path}: {entry.width} x {entry.height} becomes {width} x {height}"
+        for entry in entries
+        for height, width in [preprocess.size(entry.width, entry.height)]
+        if height * width > MAX_PIXELS
+    ]
+    if large:
+        raise DataError(
+            f"{split}: {len(large)} of {len(entries)} pictures would have more than {MAX_PIXELS / 1e6:.0f} megapixels "
+            f"with preprocess {preprocess.mode} and load_size {preprocess.load_size}. Take out these narrow pictures, "
+            f"or choose data.preprocess=resize_and_crop:\n{_listing(large)}"
+        )
     crop = preprocess.crop
     if crop is None:
         return
@@ -265,10 +283,10 @@ def _check_sizes(entries: Sequence[Entry], preprocess: Preprocess, split: str) -
 
 
 def _listing(lines: Sequence[str]) -> str:
-    shown = [f"  {line}" for line in lines[:_LISTED]]
+    listed = [f"  {shown(line)}" for line in lines[:_LISTED]]
     if len(lines) > _LISTED:
-        shown.append(f"  and {len(lines) - _LISTED} more")
-    return "\n".join(shown)
+        listed.append(f"  and {len(lines) - _LISTED} more")
+    return "\n".join(listed)
 
 
 def _report_left_out(left_out: Sequence[tuple[str, str]], total: int, split: str, unreadable: str) -> None:
@@ -293,21 +311,37 @@ def _folder(cache: Path, split: str, key: str) -> Path:
     return cache / f"{split}-{key[:32]}"
 
 
-def _read(folder: Path, key: str) -> Store | None:
-    """The complete store in a folder, or None when there is none or it is damaged."""
+def _read(folder: Path, key: str, entries: Sequence[Entry], preprocess: Preprocess) -> Store | None:
+    """The complete store of these pictures in a folder, or None when there is none or it is damaged.
+
+    What the index says is believed only where it is what building the store would say: an index made up by another
+    could have pictures lie anywhere in memory.
+    """
     try:
+        for name in ("index.json", "data.bin"):
+            if not stat.S_ISREG((folder / name).stat().st_mode):
+                raise ValueError(f"{name} is not a file")
+        if (folder / "index.json").stat().st_size > (1 << 20) + _INDEX_BYTES_A_PICTURE * len(entries):
+            raise ValueError("index.json is longer than its pictures explain")
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        sizes = np.array(index["sizes"], dtype=np.int64).reshape(-1, 2)
-        left_out = tuple((name, reason) for name, reason in index["left_out"])
-        store = Store(folder, index["names"], sizes, index["channels"], left_out)
-        whole = index["key"] == key and (folder / "data.bin").stat().st_size == index["bytes"] == store.nbytes
+        left_out = tuple((str(name), str(reason)) for name, reason in index["left_out"])
+        without = {name for name, _ in left_out}
+        sizes = {e.name: preprocess.size(e.width, e.height) for e in entries if e.name not in without}
+        if (
+            index["key"] != key
+            or index["names"] != list(sizes)
+            or index["sizes"] != [list(size) for size in sizes.values()]
+            or index["channels"] != preprocess.channels
+        ):
+            raise ValueError("its index is not that of these pictures")
+        array = np.array(list(sizes.values()), dtype=np.int64).reshape(-1, 2)
+        store = Store(folder, list(sizes), array, preprocess.channels, left_out)
+        if not (folder / "data.bin").stat().st_size == index["bytes"] == store.nbytes:
+            raise ValueError("its length is wrong")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         _log.warning("the store %s is damaged and will be built again: %s", folder, error)
-        return None
-    if not whole:
-        _log.warning("the store %s is damaged and will be built again: its length or key is wrong", folder)
         return None
     return store
 
@@ -355,7 +389,7 @@ class _Builder:
         folder = _folder(self.cache, self.split, key)
         with _locked(folder.with_suffix(".lock")):
             _remove_leftovers(self.cache, mine=folder.name)
-            store = _read(folder, key)
+            store = _read(folder, key, self.entries, self.preprocess)
             if store is not None:
                 return store
             temporary = self.cache / f"{folder.name}-{uuid.uuid4().hex[:8]}.tmp"
@@ -394,15 +428,16 @@ class _Builder:
 
     def _worker_count(self) -> int:
         pixels = sum(entry.width * entry.height for entry in self.entries)
-        wanted = self.workers or min(_cores(), 1 + pixels // _PIXELS_A_WORKER)
+        wanted = self.workers or min(usable_cores(), 1 + pixels // _PIXELS_A_WORKER)
         return min(wanted, len(self.entries))
 
     def _publish(self, temporary: Path, failures: dict[int, _Failure], key: str) -> Store:
         """Write the index, make everything durable and give the store its name."""
         passing = {index for index, failure in failures.items() if failure.passing}
+        entries = [entry for index, entry in enumerate(self.entries) if index not in passing]
         if passing:
             # The file may be as the scan saw it again: the store without it must not stand for the store with it.
-            key = _key([entry for index, entry in enumerate(self.entries) if index not in passing], self.preprocess)
+            key = _key(entries, self.preprocess)
         kept = [entry for index, entry in enumerate(self.entries) if index not in failures]
         lasting = [[self.entries[i].name, failures[i].reason] for i in sorted(failures.keys() - passing)]
         index = {
@@ -417,8 +452,9 @@ class _Builder:
         for name in ("data.bin", "index.json", "."):
             _sync(temporary / name)
         folder = _folder(self.cache, self.split, key)
-        _rename(temporary, folder, key)
-        store = _read(folder, key)
+        look = functools.partial(_read, folder, key, entries, self.preprocess)
+        _rename(temporary, folder, look)
+        store = look()
         if store is None:
             raise OSError(f"{folder} vanished while it was being opened")
         if passing:
@@ -429,13 +465,6 @@ class _Builder:
                 self.unreadable,
             )
         return store
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _sync(path: Path) -> None:
@@ -449,16 +478,16 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _rename(temporary: Path, folder: Path, key: str) -> None:
+def _rename(temporary: Path, folder: Path, look: Callable[[], Store | None]) -> None:
     """Give a finished store its name. What has it already stays if it is complete, and makes room if it is not."""
-    if folder.exists() and _read(folder, key) is None:
+    if os.path.lexists(folder) and look() is None:
         damaged = folder.with_name(f"{folder.name}-{uuid.uuid4().hex[:8]}.tmp")
         folder.rename(damaged)
         shutil.rmtree(damaged, ignore_errors=True)
     try:
         temporary.rename(folder)
     except OSError:
-        if _read(folder, key) is None:
+        if look() is None:
             raise
     _sync(folder.parent)
 
@@ -492,7 +521,10 @@ def _lock(file: IO[str], *, wait: bool) -> bool:
 def _remove_leftovers(cache: Path, mine: str) -> None:
     """Remove what killed builders left: unfinished stores whose lock nobody holds. The caller holds that of `mine`."""
     for folder in cache.glob("*.tmp"):
-        name = folder.name.rsplit("-", 1)[0]
+        match = _UNFINISHED.fullmatch(folder.name)
+        if match is None:  # the user may have chosen a folder that holds more than stores
+            continue
+        name = match[1]
         with contextlib.suppress(OSError):
             if _flock is None:
                 if time.time() - folder.stat().st_mtime < _STALE_SECONDS:

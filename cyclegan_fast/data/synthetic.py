@@ -37,6 +37,7 @@ from cyclegan_fast.data._camera import PHONE, Exposure, develop_dslr, develop_ph
 from cyclegan_fast.data._raster import Floats
 from cyclegan_fast.data._scene import Scene, draw_scene, rasterise
 from cyclegan_fast.data.folder import SPLITS, DataError
+from cyclegan_fast.machine import usable_cores
 
 Picture: TypeAlias = npt.NDArray[np.uint8]
 
@@ -241,7 +242,7 @@ def _worker_count(workers: int, pixels: int) -> int:
         return workers
     if pixels <= _PIXELS_WORTH_A_PROCESS:
         return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return usable_cores()
 
 
 def _in_processes(render: partial[None], jobs: list[tuple[str, int]], workers: int) -> Iterable[None]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cyclegan_fast.config import ConfigError, from_dict
+from cyclegan_fast.config import ConfigError, ModelConfig, from_dict, upgraded
 from cyclegan_fast.data.photo import EXTENSIONS, MODES, Photo, PhotoError, open_photo, save_photo
 from cyclegan_fast.device import arithmetic, resolve_device, resolve_precision
 from cyclegan_fast.errors import InputError
@@ -77,14 +78,14 @@ class Translator:
         file = find_checkpoint(Path(path), which)
         content = read_checkpoint(file)
         try:
-            model = from_dict(content["config"]).model
+            model = from_dict(upgraded(content["config"])).model
         except ConfigError as error:
             raise CheckpointError(f"{file} holds a configuration that this version cannot use: {error}") from error
-        with torch.device("meta"):  # without spending time and random numbers on weights that are replaced next
-            generators = build_generators(model)
+        generators = _unfilled_generators(model, content["G_A"], file)
         for name, generator in zip(("G_A", "G_B"), generators, strict=True):
+            weights = {key: weight.float() for key, weight in content[name].items()}
             try:
-                generator.load_state_dict(content[name], assign=True)
+                generator.load_state_dict(weights, assign=True)
             except RuntimeError as error:
                 raise CheckpointError(f"{file}: the weights of {name} do not fit its configuration: {error}") from error
         G_A, G_B = generators
@@ -198,6 +199,22 @@ class Translator:
         )
 
 
+def _unfilled_generators(model: ModelConfig, weights: Mapping[str, Tensor], file: Path) -> tuple[nn.Module, nn.Module]:
+    """Generators without memory for their weights. Raises CheckpointError for a size that the weights cannot have.
+
+    A configuration may ask for any number of blocks, and building them all would come before finding that they have
+    no weights.
+    """
+    misfit = f"{file}: the weights of G_A do not fit its configuration: model.blocks = {model.blocks}"
+    if model.blocks > len(weights):
+        raise CheckpointError(f"{misfit}, but there are {len(weights)} tensors")
+    try:
+        with torch.device("meta"):  # without spending time and random numbers on weights that are replaced next
+            return build_generators(model)
+    except (RuntimeError, TypeError, ValueError) as error:  # more than torch can count
+        raise CheckpointError(f"{misfit}, model.ngf = {model.ngf}: {error}") from error
+
+
 def load(path: str | Path, *, which: str = "latest", device: str = "auto", precision: str = "auto") -> Translator:
     """The translator of a run folder or a checkpoint file; see ``Translator.from_checkpoint``."""
     return Translator.from_checkpoint(path, which, device, precision)
@@ -233,7 +250,8 @@ def translate_files(
     format has none. ``quality`` (1 to 100) is that of lossy formats; ``truncate`` is as in ``Translator.translate``.
 
     A file that fails does not stop the others. Refused for their file alone are also an output that exists (without
-    ``overwrite``), one that another input writes already, and one that is itself among the inputs. The next picture is
+    ``overwrite``), one that another input writes already, one that is itself among the inputs, and one that a link
+    would lead out of ``out_dir``. Links to folders are not followed below folders and by ``**``. The next picture is
     decoded and the last one encoded while the network runs; three pictures at most are held.
 
     Raises InputError for a wrong direction, format, quality or suffix, for no inputs at all, and when ``out_dir``
@@ -244,8 +262,8 @@ def translate_files(
     out = Path(out_dir)
     try:
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot create the output folder {out}: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise InputError(f"cannot create the output folder {out}: {getattr(error, 'strerror', error)}") from error
     found, failed = _collect(inputs, out)
     alpha = translator.channels(direction)[1] in (2, 4)
     jobs, refused = _plan(found, out, lambda name: _output_name(name, suffix, format, alpha), overwrite)
@@ -337,22 +355,28 @@ def _collect(inputs: Sequence[str | Path], out: Path) -> tuple[list[tuple[Path, 
     found: list[tuple[Path, Path]] = []
     failed: list[tuple[Path, str]] = []
     for item in inputs:
-        path = Path(item).expanduser()
-        if path.is_dir():
-            here = _below(path, path, out, failed)
-            reason = "no pictures in this folder"
-        elif path.exists():  # a name may hold [brackets] and still be that of a file
-            here = [(path, Path(path.name))]
-            reason = ""
-        elif glob.has_magic(str(path)):
-            here = _matching(path, out, failed)
-            reason = "no picture matches this pattern"
-        else:
-            here, reason = [], "no such file or folder"
+        try:
+            here, reason = _found_by(Path(item).expanduser(), out, failed)
+        except (OSError, ValueError, RuntimeError) as error:  # a name too long, with a zero byte, of an unknown user
+            here, reason = [], f"no such file or folder: {getattr(error, 'strerror', None) or error}"
         found += here
         if not here:
-            failed.append((path, reason))
+            failed.append((Path(item), reason))
     return list(dict.fromkeys(found)), failed
+
+
+def _found_by(path: Path, out: Path, failed: list[tuple[Path, str]]) -> tuple[list[tuple[Path, Path]], str]:
+    """The pictures meant by one input, and what to say if there are none."""
+    if path.is_dir():
+        return _below(path, path, out, failed), "no pictures in this folder"
+    if path.exists():  # a name may hold [brackets] and still be that of a file
+        return [(path, Path(path.name))], ""
+    if not glob.has_magic(str(path)):
+        return [], "no such file or folder"
+    first = next(index for index, part in enumerate(path.parts) if glob.has_magic(part))
+    if ".." in path.parts[first:]:
+        return [], "`..` cannot follow a wildcard: outputs would leave the output folder"
+    return _matching(path, first, out, failed), "no picture matches this pattern"
 
 
 def _below(folder: Path, base: Path, out: Path, failed: list[tuple[Path, str]]) -> list[tuple[Path, Path]]:
@@ -365,23 +389,18 @@ def _below(folder: Path, base: Path, out: Path, failed: list[tuple[Path, str]]) 
     pictures: list[Path] = []
     for parent, folders, files in os.walk(folder, onerror=unreadable):
         here = Path(parent)
-        folders[:] = [name for name in folders if name[0] != "." and (here / name).resolve() != skipped]
+        folders[:] = [name for name in folders if name[0] != "." and _real(here / name) != skipped]
         pictures += [here / name for name in files if name[0] != "." and Path(name).suffix.lower() in EXTENSIONS]
     return sorted((path, path.relative_to(base)) for path in pictures)
 
 
-def _matching(pattern: Path, out: Path, failed: list[tuple[Path, str]]) -> list[tuple[Path, Path]]:
-    """The pictures that match a pattern, and those below the folders that do."""
-    fixed: list[str] = []
-    for part in pattern.parts:
-        if glob.has_magic(part):
-            break
-        fixed.append(part)
-    base = Path(*fixed)
+def _matching(pattern: Path, first: int, out: Path, failed: list[tuple[Path, str]]) -> list[tuple[Path, Path]]:
+    """The pictures that match a pattern, and those below the folders that do. ``first``: its first part with magic."""
+    base = Path(*pattern.parts[:first])
     skipped = _output_inside(out, base)
     found: list[tuple[Path, Path]] = []
-    for match in sorted(Path(name) for name in glob.glob(str(pattern), recursive=True)):  # noqa: PTH207 - whole patterns
-        resolved = match.resolve()
+    for match in sorted(set(_expanded(base, pattern.parts[first:]))):
+        resolved = _real(match)
         if skipped is not None and (resolved == skipped or skipped in resolved.parents):
             continue
         if match.is_dir():
@@ -391,10 +410,41 @@ def _matching(pattern: Path, out: Path, failed: list[tuple[Path, str]]) -> list[
     return found
 
 
+def _expanded(folder: Path, parts: tuple[str, ...]) -> Iterator[Path]:
+    """What matches the parts of a pattern below a folder; hidden names only by parts that begin with a dot.
+
+    Unlike that of ``glob``, the `**` here follows no links: two links to their own folder are enough for 2**40 paths.
+    """
+    if not parts:
+        yield folder
+        return
+    part, rest = parts[0], parts[1:]
+    if part == "**":
+        rest = rest[next((i for i, later in enumerate(rest) if later != "**"), len(rest)) :]
+        if not rest:
+            yield folder  # and with it all that is below
+            return
+        for parent, folders, _ in os.walk(folder):
+            folders[:] = sorted(name for name in folders if name[0] != ".")
+            yield from _expanded(Path(parent), rest)
+    elif glob.has_magic(part):
+        names = fnmatch.filter((item.name for item in folder.iterdir()), part) if folder.is_dir() else []
+        for name in names:
+            if name[0] != "." or part[0] == ".":
+                yield from _expanded(folder / name, rest)
+    elif os.path.lexists(folder / part):
+        yield from _expanded(folder / part, rest)
+
+
+def _real(path: Path) -> Path:
+    """The path without links, as far as they lead somewhere: ``Path.resolve`` raises for a link to itself."""
+    return Path(os.path.realpath(path))
+
+
 def _output_inside(out: Path, folder: Path) -> Path | None:
     """The output folder, resolved, if it lies inside a folder (and is not that folder itself)."""
-    resolved = out.resolve()
-    return resolved if folder.resolve() in resolved.parents else None
+    resolved = _real(out)
+    return resolved if _real(folder) in resolved.parents else None
 
 
 def _output_name(name: Path, suffix: str, file_format: str | None, alpha: bool) -> Path:
@@ -413,16 +463,19 @@ def _plan(
     found: Sequence[tuple[Path, Path]], out: Path, output_name: Callable[[Path], Path], overwrite: bool
 ) -> tuple[list[_Job], list[tuple[Path, str]]]:
     """Which input writes which output, and the inputs whose output must not be written."""
-    sources = {source.resolve() for source, _ in found}
+    sources = {_real(source) for source, _ in found}
+    inside = _real(out)
     writers: dict[Path, Path] = {}
     jobs: list[_Job] = []
     refused: list[tuple[Path, str]] = []
     for source, name in found:
         target = out / output_name(name)
-        writer = writers.setdefault(target.resolve(), source)
-        if writer is not source and writer.resolve() == source.resolve():
+        writer = writers.setdefault(_real(target), source)
+        if writer is not source and _real(writer) == _real(source):
             continue  # named twice in different words
         reason = f"its output {target} is that of {writer} already" if writer is not source else None
+        if reason is None and not _real(target.parent).is_relative_to(inside):
+            reason = f"its output {target} lies outside of {out}: a link leads to {_real(target.parent)}"
         reason = reason or _obstacle(source, target, sources, overwrite)
         if reason is None:
             jobs.append(_Job(source, target))
@@ -437,7 +490,7 @@ def _obstacle(source: Path, target: Path, sources: set[Path], overwrite: bool) -
         exists = target.exists()
         if exists and target.samefile(source):
             return f"its output {target} would replace the input itself: use another folder or a suffix"
-        if target.resolve() in sources:
+        if _real(target) in sources:
             return f"its output {target} would replace another input: use another folder or a suffix"
     except OSError as error:
         return f"its output {target} cannot be written: {error.strerror}"

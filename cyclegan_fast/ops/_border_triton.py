@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from cyclegan_fast.ops._launch import INTERPRETED, on_device
+from cyclegan_fast.ops._layout import empty_channels_last
 
-__all__ = ["Case", "border", "device_function", "empty_channels_last", "fold", "gate_case", "gate_cases", "reflected"]
+__all__ = ["Case", "border", "device_function", "fold", "gate_case", "gate_cases", "reflected"]
+
+_FOLD_WARPS = 8  # with 4 the nine loads spill registers on sm_86
 
 Case = tuple[Any, ...]  # of the compile gate; see `gate_case`
 
@@ -106,23 +108,17 @@ def _fold_kernel(
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=(q < H * W)[:, None] & (c < C)[None, :])
 
 
-def empty_channels_last(x: Tensor, channels: int, height: int, width: int) -> Tensor:
-    """Uninitialised [N, channels, height, width] of x's dtype and device, dense channels-last."""
-    shape = (x.shape[0], channels, height, width)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
-def _tile(x: Tensor) -> tuple[int, int]:
+def _tile(channels: int) -> tuple[int, int]:
     """Positions and channels of one program."""
-    channels = min(64, triton.next_power_of_2(x.shape[1]))
-    return 64 if channels == 64 else 128, channels
+    block = min(64, triton.next_power_of_2(channels))
+    return 64 if block == 64 else 128, block
 
 
 def border(x: Tensor, pad: int, height: int, width: int, *, reflect: bool) -> Tensor:
     """x [N, C, H, W] placed at (pad, pad) of [N, C, height, width]; around it its reflection, or zeros."""
     n, c, h, w = x.shape
-    out = empty_channels_last(x, c, height, width)
-    rows, channels = _tile(x)
+    out = empty_channels_last(x, (n, c, height, width))
+    rows, channels = _tile(c)
     grid = (triton.cdiv(height * width, rows), triton.cdiv(c, channels), n)
     with on_device(x):
         _border_kernel[grid](x, out, h, w, height, width, pad, c, reflect, rows, channels, num_warps=4)
@@ -133,26 +129,38 @@ def fold(padded: Tensor, pad: int) -> Tensor:
     """Transpose of reflection padding: [N, C, H + 2 pad, W + 2 pad] -> [N, C, H, W]."""
     n, c, hp, wp = padded.shape
     h, w = hp - 2 * pad, wp - 2 * pad
-    out = empty_channels_last(padded, c, h, w)
-    rows, channels = _tile(padded)
+    out = empty_channels_last(padded, (n, c, h, w))
+    rows, channels = _tile(c)
     grid = (triton.cdiv(h * w, rows), triton.cdiv(c, channels), n)
     with on_device(padded):
-        _fold_kernel[grid](padded, out, h, w, pad, c, rows, channels, num_warps=4)
+        _fold_kernel[grid](padded, out, h, w, pad, c, rows, channels, num_warps=_FOLD_WARPS)
     return out
 
 
 def gate_cases() -> list[Case]:
-    """Borders of the head's input, of the residual blocks and of pictures, to be compiled without a GPU."""
+    """Borders and folds of the head, the stem and the residual blocks, to be compiled without a GPU."""
     cases = []
-    for dtype, c, pad in (("bf16", 64, 3), ("bf16", 256, 1), ("bf16", 3, 3), ("fp32", 256, 1)):
-        channels = min(64, triton.next_power_of_2(c))
-        constants = {"PAD": pad, "C": c, "BLOCK_M": 64 if channels == 64 else 128, "BLOCK_C": channels}
-        pointers = {"x": f"*{dtype}", "out": f"*{dtype}"}
-        reflect = constants | {"REFLECT": True}
-        cases.append(gate_case(f"{dtype} border {c}", _border_kernel, pointers, reflect, 4, 3, False))
-        pointers = {"padded": f"*{dtype}", "out": f"*{dtype}"}
-        cases.append(gate_case(f"{dtype} fold {c}", _fold_kernel, pointers, constants, 4, 3, False))
+    for dtype in ("bf16", "fp16", "fp32"):
+        cases += [_fold_case(dtype, 64, 3), _fold_case(dtype, 3, 3), _fold_case(dtype, 256, 1)]
+        cases += [_border_case(dtype, 256, 1, True), _border_case(dtype, 256, 0, False)]
     return cases
+
+
+def _blocks(c: int) -> dict[str, int]:
+    return dict(zip(("BLOCK_M", "BLOCK_C"), _tile(c), strict=True))
+
+
+def _fold_case(dtype: str, c: int, pad: int) -> Case:
+    pointers = {"padded": f"*{dtype}", "out": f"*{dtype}"}
+    name = f"{dtype} fold {c}, {pad} deep"
+    return gate_case(name, _fold_kernel, pointers, {"PAD": pad, "C": c, **_blocks(c)}, _FOLD_WARPS, 3, False)
+
+
+def _border_case(dtype: str, c: int, pad: int, reflect: bool) -> Case:
+    pointers = {"x": f"*{dtype}", "out": f"*{dtype}"}
+    name = f"{dtype} border {c}, {'reflected' if reflect else 'zeros'}"
+    constants = {"PAD": pad, "C": c, "REFLECT": reflect, **_blocks(c)}
+    return gate_case(name, _border_kernel, pointers, constants, 4, 3, False)
 
 
 def gate_case(

@@ -27,8 +27,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from cyclegan_fast.ops._border_triton import Case, border, device_function, empty_channels_last, gate_case, reflected
+from cyclegan_fast.ops._border_triton import Case, border, device_function, gate_case, reflected
 from cyclegan_fast.ops._launch import INTERPRETED, multiprocessors, on_device
+from cyclegan_fast.ops._layout import empty_channels_last
 from cyclegan_fast.ops._reflect_conv_triton import activated, product
 
 __all__ = ["flat_conv", "flat_input_grad", "flat_weight_grad", "gate_cases", "zeroed"]
@@ -224,10 +225,10 @@ def _flat_weight_grad_kernel(
             a = zeroed.load([m0, k0]).T
             b = x.load([m0 + move, c0])
         else:
-            m = m0 + tl.arange(0, BLOCK_K)
-            at = m.to(tl.int64)[None, :] * CO + k[:, None]
+            m = tl.cast(step, tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+            at = m[None, :] * CO + k[:, None]
             a = tl.load(zeroed + at, mask=(m < R)[None, :] & (k < CO)[:, None], other=0.0)
-            at = (m + move).to(tl.int64)[:, None] * CI + c[None, :]
+            at = (m + move)[:, None] * CI + c[None, :]
             b = tl.load(x + at, mask=(m + move < R)[:, None] & (c < CI)[None, :], other=0.0)
         acc = product(a, b, acc, PRECISION)
     at = ((split.to(tl.int64) * CO + k) * 9 + tap)[:, None] * CI + c[None, :]
@@ -235,6 +236,7 @@ def _flat_weight_grad_kernel(
 
 
 _MERGED_TILES = 32  # tiles of statistics merged at once
+_MOST_ROWS = 2**31 - 2**20  # rows of all images together: a descriptor's coordinates are 32-bit, and tiles overhang
 
 
 @dataclass(frozen=True)
@@ -249,8 +251,8 @@ class _Tiles:
 def _tiles(dtype: torch.dtype, contraction: int, columns: int, positions: int, images: int, processors: int) -> _Tiles:
     """128 positions at a time, or 64 where the larger tiles would leave multiprocessors idle."""
     n = min(128, max(16, triton.next_power_of_2(columns)))
-    if dtype == torch.float32:  # exact products run outside the matrix units, from registers
-        return _Tiles(64, min(64, n), min(16, triton.next_power_of_2(contraction)), 4, 3)
+    if dtype == torch.float32:  # exact products run outside the matrix units, from registers: 4 warps or 3 stages spill
+        return _Tiles(64, min(64, n), min(16, triton.next_power_of_2(contraction)), 8, 2)
     k = min(64, max(16, triton.next_power_of_2(contraction)))
     programs = images * triton.cdiv(positions, 128) * triton.cdiv(columns, n)
     return _Tiles(64, n, k, 4, 4) if programs < processors else _Tiles(128, n, k, 8, 3)
@@ -266,7 +268,8 @@ def _has_tma(x: Tensor, *channels: tuple[int, int]) -> bool:
     if not INTERPRETED and torch.cuda.get_device_capability(x.device) < (9, 0):
         return False
     unit = 16 // x.dtype.itemsize
-    return all(count % unit == 0 and count % tile == 0 for count, tile in channels) and x.data_ptr() % 16 == 0
+    aligned = all(count % unit == 0 and count % tile == 0 for count, tile in channels) and x.data_ptr() % 16 == 0
+    return aligned and x.shape[0] * x.shape[2] * x.shape[3] <= _MOST_ROWS
 
 
 def _matrix(x: Tensor, rows: int, columns: int, tile: tuple[int, int]) -> TensorDescriptor:
@@ -296,7 +299,7 @@ def flat_conv(
     n, c, h, w = x.shape
     k = weight.shape[0]
     wp, ho, wo = w + 2 * pad, h + 2 * pad - 2, w + 2 * pad - 2
-    y = empty_channels_last(x, k, ho, wo)
+    y = empty_channels_last(x, (n, k, ho, wo))
     positions = (ho - 1) * wp + wo
     tiles = _tiles(x.dtype, c, k, positions, n, multiprocessors(x.device))
     if scale is not None and (pad > 0 or not _has_tma(x, (c, tiles.k))):
@@ -320,7 +323,7 @@ def flat_input_grad(zeroed_grad: Tensor, weight: Tensor) -> Tensor:
     """Gradient of the padded input [N, C, HP, WP] from the `zeroed` gradient of the output [N, K, HP, WP]."""
     n, k, hp, wp = zeroed_grad.shape
     c = weight.shape[1]
-    out = empty_channels_last(zeroed_grad, c, hp, wp)
+    out = empty_channels_last(zeroed_grad, (n, c, hp, wp))
     tiles = _tiles(zeroed_grad.dtype, k, c, hp * wp, n, multiprocessors(zeroed_grad.device))
     _launch_conv(zeroed_grad, weight, None, out, None, tiles, wp, pad=0, full=True, prologue=(None, None, False), act=0)
     return out
@@ -401,7 +404,8 @@ def gate_cases() -> list[Case]:
         cases += [_conv_case("bf16", form, tiles) for form in _FORMS]
     cases.append(_conv_case("fp16", "reflected", tiles))
     tiles = _tiles(torch.float32, 256, 256, 64 * 66, 1, 132)
-    cases += [_conv_case("fp32", form, tiles) for form in ("reflected", "padded TMA", "input grad TMA")]
+    forms = ("reflected", "padded", "padded TMA", "input grad", "input grad TMA")
+    cases += [_conv_case("fp32", form, tiles) for form in forms]
     for dtype, tma in (("bf16", False), ("bf16", True), ("fp32", False), ("fp32", True)):
         block, block_k, warps = (64, 16, 4) if dtype == "fp32" else (128, 64, 8)
         constants = {"CI": 256, "CO": 256, "TMA": tma, "PRECISION": "ieee"}
@@ -419,8 +423,8 @@ def gate_cases() -> list[Case]:
 
 _TMA_ARCHS = (90, 100, 120)
 _FORMS = (
-    *("padded", "padded TMA", "reflected", "prologue", "prologue TMA", "prologue reflected", "statistics TMA"),
-    *("input grad", "input grad TMA"),
+    *("padded", "padded TMA", "reflected", "prologue", "prologue TMA", "prologue reflected", "statistics"),
+    *("statistics TMA", "input grad", "input grad TMA"),
 )
 
 

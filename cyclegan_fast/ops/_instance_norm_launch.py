@@ -12,11 +12,13 @@ from torch import Tensor
 
 from cyclegan_fast.ops import _instance_norm_triton as kernels
 from cyclegan_fast.ops._launch import multiprocessors, on_device
+from cyclegan_fast.ops._layout import empty_channels_last
 
 __all__ = ["backward", "forward", "gate_cases"]
 
 _TILE_BYTES = 8192  # of one map: four 16-byte loads a thread, with 4 warps
 _WARPS = 4
+_STAGES = 1  # nothing is pipelined: there is no product of matrices
 _SUMS_WARPS = 8  # two maps, their reflections and two sums at once: half as many values a thread, or registers run out
 _BLOCK_C = 64
 _WAVES = 4  # programs of a reduction for each multiprocessor, to have enough loads in flight
@@ -69,23 +71,33 @@ def forward(
     mean = torch.empty((n, c), dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
     height, width = h + 2 * pad, w + 2 * pad
-    y = torch.empty((n, c, height, width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    y = empty_channels_last(x, (n, c, height, width))
     tiles = triton.cdiv(height * width, plan.block_p)
     with on_device(x):
         kernels._instance_norm_stats_kernel[(n * plan.splits * plan.channel_blocks,)](
-            x, partial, h * w, plan.per_split, plan.splits, c, plan.block_p, plan.block_c, num_warps=_WARPS
+            x,
+            partial,
+            h * w,
+            plan.per_split,
+            plan.splits,
+            c,
+            plan.block_p,
+            plan.block_c,
+            num_warps=_WARPS,
+            num_stages=_STAGES,
         )
         if not plan.merged:
             kernels._instance_norm_finish_stats_kernel[(n * triton.cdiv(c, _FINISH_C),)](
                 x, partial, mean, rstd, h * w, plan.per_split, plan.splits, eps, c, _FINISH_SPLITS, _FINISH_C,
-                num_warps=_FINISH_WARPS,
+                num_warps=_FINISH_WARPS, num_stages=_STAGES,
             )  # fmt: skip
         kernels._instance_norm_apply_kernel[(n * tiles * plan.channel_blocks,)](
             x, weight, bias, residual, partial, mean, rstd, y, h, w,
             0 if residual is None else residual.stride(0), 0 if residual is None else residual.stride(2),
             plan.per_split, plan.splits, eps, negative_slope,
             c, pad, activation, weight is not None, residual is not None,
-            plan.merged, triton.next_power_of_2(plan.splits), plan.block_p, plan.block_c, num_warps=_WARPS,
+            plan.merged, triton.next_power_of_2(plan.splits), plan.block_p, plan.block_c,
+            num_warps=_WARPS, num_stages=_STAGES,
         )  # fmt: skip
     return y, mean, rstd
 
@@ -107,7 +119,7 @@ def backward(
     plan = _plan(n, c, h * w, x.element_size(), x.device)
     partial = torch.empty((n, plan.splits, 2, c), dtype=torch.float32, device=x.device)
     sums = torch.empty((2, n, c), dtype=torch.float32, device=x.device)
-    dx = torch.empty((n, c, h, w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    dx = empty_channels_last(x, (n, c, h, w))
     folded = torch.empty_like(dx) if need_residual else dx.new_empty(0)
     narrow = min(h, w) <= 2 * pad + 1
     tiles = triton.cdiv(h * w, plan.block_p)
@@ -116,16 +128,18 @@ def backward(
         kernels._instance_norm_grad_sums_kernel[(n * plan.splits * plan.channel_blocks,)](
             grad_y, x, mean, rstd, weight, bias, folded, partial, h, w, plan.per_split, plan.splits, negative_slope,
             c, pad, narrow, activation, affine, need_residual, plan.block_p, plan.block_c,
-            num_warps=_SUMS_WARPS,
+            num_warps=_SUMS_WARPS, num_stages=_STAGES,
         )  # fmt: skip
         if not plan.merged:
             kernels._instance_norm_finish_sums_kernel[(n * triton.cdiv(c, _FINISH_C),)](
-                partial, sums, n, plan.splits, c, _FINISH_SPLITS, _FINISH_C, num_warps=_FINISH_WARPS
-            )
+                partial, sums, n, plan.splits, c, _FINISH_SPLITS, _FINISH_C,
+                num_warps=_FINISH_WARPS, num_stages=_STAGES,
+            )  # fmt: skip
         kernels._instance_norm_grad_apply_kernel[(n * tiles * plan.channel_blocks,)](
             folded if need_residual else grad_y, x, mean, rstd, weight, bias, partial, sums, dx, h, w, n, plan.splits,
             negative_slope, c, 0 if need_residual else pad, narrow and not need_residual, activation, affine,
-            plan.merged, triton.next_power_of_2(plan.splits), plan.block_p, plan.block_c, num_warps=_WARPS,
+            plan.merged, triton.next_power_of_2(plan.splits), plan.block_p, plan.block_c,
+            num_warps=_WARPS, num_stages=_STAGES,
         )  # fmt: skip
     if not affine:
         return dx, folded, sums.new_empty(0), sums.new_empty(0)
@@ -185,5 +199,5 @@ def _layer_cases(c: int, side: int, pad: int, activation: int, affine: bool, res
         if "PAD" in constants:
             name += f" pad={constants['PAD']} act={activation}" + " affine" * affine + " residual" * residual
         names = [name for name in kernel.arg_names if name not in constants]
-        cases.append((name, kernel, {key: types.get(key, "i32") for key in names}, constants, warps, 1, False))
+        cases.append((name, kernel, {key: types.get(key, "i32") for key in names}, constants, warps, _STAGES, False))
     return cases

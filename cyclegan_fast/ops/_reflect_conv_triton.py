@@ -19,13 +19,16 @@ same kernels with FULL set.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from cyclegan_fast.ops._border_triton import Case, device_function, empty_channels_last, gate_case, reflected
+from cyclegan_fast.ops._border_triton import Case, device_function, gate_case, reflected
 from cyclegan_fast.ops._launch import INTERPRETED, multiprocessors, on_device
+from cyclegan_fast.ops._layout import empty_channels_last
 
 __all__ = ["activated", "gate_cases", "product", "thin_in", "thin_out", "thin_weight_grad"]
 
@@ -297,7 +300,7 @@ def thin_in(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, activa
     size = weight.shape[2]
     wide = weight.shape[1 if full else 0]
     grow = size - 1 if full else 2 * padding - size + 1
-    y = empty_channels_last(x, wide, h + grow, w + grow)
+    y = empty_channels_last(x, (n, wide, h + grow, w + grow))
     block_n = min(64, max(16, triton.next_power_of_2(wide)))
     grid = (triton.cdiv(y.shape[2] * y.shape[3], _IN_ROWS), triton.cdiv(wide, block_n), n)
     with on_device(x):
@@ -322,7 +325,7 @@ def thin_out(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, activ
     size = weight.shape[2]
     thin = weight.shape[1 if full else 0]
     grow = size - 1 if full else 2 * padding - size + 1
-    y = empty_channels_last(x, thin, h + grow, w + grow)
+    y = empty_channels_last(x, (n, thin, h + grow, w + grow))
     height, width = y.shape[2], y.shape[3]
     grid = (triton.cdiv(height * (width + size - 1), _OUT_ROWS - size + 1), n)
     with on_device(x):
@@ -379,33 +382,52 @@ def _contraction(channels: int, dtype: torch.dtype) -> int:
 
 
 def gate_cases() -> list[Case]:
-    """The kernels at the generator's real shapes, to be compiled without a GPU.
-
-    (name, kernel, signature, constants, num_warps, num_stages, whether tensor-core instructions are expected).
-    """
+    """The kernels at the generator's real shapes and strides of weights, to be compiled without a GPU."""
     cases = []
-    for dtype, full in (("bf16", False), ("bf16", True), ("fp16", False), ("fp32", False), ("fp32", True)):
-        cases += _thin_cases(dtype, 3, full)
+    for dtype in ("bf16", "fp16", "fp32"):
+        for full in (False, True):
+            for channels_last in (True, False) if dtype == "bf16" else (True,):
+                cases += _thin_cases(dtype, 3, full, channels_last)
+            cases.append(_weight_grad_case(dtype, 3, full))
     return cases
 
 
-def _thin_cases(dtype: str, channels: int, full: bool) -> list[Case]:
-    """Stem and head forward, or, with `full`, their gradients of the input; and a weight gradient of either."""
-    cores = dtype != "fp32"
-    shared = {"THIN": channels, "WIDE": 64, "SIZE": 7, "OFF": 6 if full else 3, "FULL": full, "PRECISION": "ieee"}
-    flags = shared | {"HAS_BIAS": not full} | ({"bias": None} if full else {})
+def _thin_cases(dtype: str, channels: int, full: bool, channels_last: bool) -> list[Case]:
+    """Stem and head forward, or, with `full`, their gradients of the input."""
+    cores, order = dtype != "fp32", ", channels-last weight" if channels_last else ""
+    flags: dict[str, Any] = {"WIDE": 64, "THIN": channels, "SIZE": 7, "OFF": 6 if full else 3, "FULL": full}
+    flags |= {"PRECISION": "ieee", "HAS_BIAS": not full} | ({"bias": None} if full else {})
     bias = {} if full else {"bias": f"*{dtype}"}
+    memory = torch.channels_last if channels_last else torch.contiguous_format
+    stem, head = (
+        torch.empty((*sides, 7, 7), device="meta", memory_format=memory) for sides in ((64, channels), (channels, 64))
+    )
     tile = {"ACTIVATION": 0, "BLOCK_M": _IN_ROWS, "BLOCK_N": 64, "BLOCK_K": 32}
     pointers = dict.fromkeys(("thin", "weight", "y"), f"*{dtype}") | bias
-    name = f"{dtype} 7x7 {channels}->64 {'head input grad' if full else 'stem'}"
-    cases = [gate_case(name, _thin_in_kernel, pointers, flags | tile, 8, 2, cores)]
+    name = f"{dtype} 7x7 {channels}->64 {'head input grad' if full else 'stem'}{order}"
+    sizes, ones = _stride_hints(_weight_strides(head if full else stem, thin_first=full))
+    cases = [gate_case(name, _thin_in_kernel, pointers | sizes, flags | tile | ones, 8, 2, cores)]
     tile = {"ACTIVATION": 0 if full else 3, "BLOCK_M": _OUT_ROWS, "BLOCK_K": 64 if cores else 32}
     tile |= {"SLOTS": _THIN, "TAPS": _TAP_COLUMNS}
     pointers = dict.fromkeys(("x", "weight", "y"), f"*{dtype}") | bias
-    name = f"{dtype} 7x7 64->{channels} {'stem input grad' if full else 'head'}"
-    cases.append(gate_case(name, _thin_out_kernel, pointers, flags | tile, _out_warps(not cores), 3, cores))
-    tile = {"PAD": 3, "ROWS": 49 * channels + 1, "BLOCK_R": _GRAD_ROWS, "BLOCK_N": 64, "BLOCK_K": _GRAD_POSITIONS}
+    name = f"{dtype} 7x7 64->{channels} {'stem input grad' if full else 'head'}{order}"
+    sizes, ones = _stride_hints(_weight_strides(stem if full else head, thin_first=not full))
+    warps = _out_warps(not cores)
+    cases.append(gate_case(name, _thin_out_kernel, pointers | sizes, flags | tile | ones, warps, 3, cores))
+    return cases
+
+
+def _weight_grad_case(dtype: str, channels: int, full: bool) -> Case:
+    constants = {"WIDE": 64, "THIN": channels, "SIZE": 7, "OFF": 6 if full else 3, "FULL": full, "PRECISION": "ieee"}
+    constants |= {"PAD": 3, "ROWS": 49 * channels + 1, "BLOCK_R": _GRAD_ROWS, "BLOCK_N": 64}
+    constants |= {"BLOCK_K": _GRAD_POSITIONS}
     pointers = {"thin": f"*{dtype}", "wide": f"*{dtype}", "partial": "*fp32"}
     name = f"{dtype} 7x7 {channels}, 64 {'head' if full else 'stem'} weight grad"
-    cases.append(gate_case(name, _thin_weight_grad_kernel, pointers, shared | tile, 4, 3, cores))
-    return cases
+    return gate_case(name, _thin_weight_grad_kernel, pointers, constants, 4, 3, dtype != "fp32")
+
+
+def _stride_hints(strides: tuple[int, int, int, int]) -> tuple[dict[str, str], dict[str, int]]:
+    """What a launch would find out of the weight's strides: which are multiples of 16, and which are 1."""
+    named = dict(zip(("w_thin", "w_wide", "w_row", "w_col"), strides, strict=True))
+    multiples = {name: "i32:16" for name, stride in named.items() if stride % 16 == 0}
+    return multiples, {name: stride for name, stride in named.items() if stride == 1}

@@ -12,9 +12,9 @@ statistics are float32 whatever x is. Backward, with g the gradient of y folded 
 x, mean and rstd are saved, everything else is computed again. What must be moved: forward 2 reads and 1 write of a map
 (1 and 1 where a GPU's cache holds it between the passes), and 1 more read for a residual; backward 4 reads and 1 write.
 
-What bfloat16 costs without instructions for it: on one EPYC core with AVX2 and 2 MiB in the caches memcpy moves 77 GB/s,
-a loop that only widens and rounds again 55, one that only sums x and its square 36 (reading). Forward takes both, so
-that 47 GB/s, 61 % of the copy, is the most for such loops; with 64 MiB, out of memory, they reach 25 and 21 of 20 GB/s.
+What bfloat16 costs without instructions for it: on one EPYC core with AVX2 and 2 MiB in the caches a memcpy moves 77
+GB/s, a loop that only widens and rounds again 55, one that only sums x and its square 36 (reading). Forward takes both,
+so that 47 GB/s, 61 % of the copy, is the most for such loops; out of memory (64 MiB) they reach 25 and 21 of 20 GB/s.
 
 Under autocast the op runs in the dtype of x, with weight and bias in float32; nothing is cast.
 

@@ -1,8 +1,14 @@
 """Checkpoints: one self-describing file each, written atomically, verified when read, never unpickling code.
 
 A checkpoint is an ordinary ``torch.save`` file of tensors and plain values, whose zip comment holds the SHA-256 of
-everything before it. ``torch.load(path, weights_only=True)`` reads it like any other; ``read_checkpoint`` verifies
-it first. A file is written under a temporary name, synced, and renamed, so that its name only ever shows a whole one.
+everything before it. A file is written under a temporary name, synced, and renamed, so that its name only ever shows a
+whole one.
+
+``torch.load(path, weights_only=True)`` reads it like any other. ``read_checkpoint`` does not use it, nor pickle: a
+checksum tells of damage, not of malice, and a file that was made to harm may decompress without end, ask for
+allocations of any size, or hold values of the wrong kind in every place. It is taken apart here instead, by the few
+instructions that ``torch.save`` writes, and can become nothing but dictionaries, lists, tuples, numbers, text and
+tensors, which together take no more memory than a small multiple of the file.
 
 In a run's folder::
 
@@ -17,14 +23,21 @@ import contextlib
 import hashlib
 import logging
 import os
-import pickle
+import pickletools
 import re
 import shutil
-from collections.abc import Iterator
+import stat
+import struct
+import sys
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NoReturn
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from cyclegan_fast.errors import InputError
 
@@ -35,6 +48,27 @@ _COMMENT = b"cyclegan_fast sha256 "
 _COMMENT_BYTES = len(_COMMENT) + 64
 _REQUIRED = ("format", "config", "G_A", "G_B", "position")
 _STEP_FILE = re.compile(r"step-(\d{8,})\.ckpt")
+
+# Limits of what is read: some 90,000 tensors. A usual checkpoint has 500.
+_DIRECTORY_BYTES = 6 << 20  # of the zip file's directory
+_PICKLE_BYTES = 32 << 20  # of the instructions that build everything but the tensors' elements
+_INSTRUCTIONS = 4_000_000
+_VALUES = 1_000_000  # plain values and characters of text, counted wherever they are referred to
+_DEPTH = 32
+_SHARED = 4  # how often the tensors together may refer to the bytes of the file
+
+_DTYPES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
 
 
 class CheckpointError(InputError):
@@ -54,7 +88,7 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
         _append_checksum(temporary)
         temporary.replace(path)
         _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+    except (OSError, RuntimeError, _Refused) as error:  # torch reports a failed write as RuntimeError
         raise CheckpointError(f"cannot write the checkpoint {path}: {error}") from error
     finally:
         with contextlib.suppress(OSError):
@@ -64,24 +98,35 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
 def read_checkpoint(path: str | Path, *, map_location: str | torch.device = "cpu") -> dict[str, Any]:
     """Read and verify a checkpoint.
 
-    Raises CheckpointError when the file is missing, truncated, damaged, holds anything but tensors and plain values,
-    or is not a checkpoint of this project.
+    Raises CheckpointError when the file is missing, truncated, damaged, too large for the memory, holds anything but
+    tensors and plain values, or is not a checkpoint of this project: lacks a part, or has one of the wrong kind. What
+    a caller does not use may be missing; what is there is of the right kind.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint {path}")
-    _verify(path)
     try:
-        content = torch.load(path, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} holds more than tensors and plain values, which is never loaded") from error
-    except (RuntimeError, EOFError, OSError) as error:
+        with _opened(path) as file:
+            _verify(path, file)
+            content = _Archive(file).load(map_location)
+    except CheckpointError:
+        raise
+    except _Refused as error:
+        raise CheckpointError(f"{path} {error}") from None
+    except MemoryError as error:
+        raise CheckpointError(f"{path} cannot be read: there is not enough memory for it") from error
+    except (OSError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile, struct.error) as error:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from error
     missing = [key for key in _REQUIRED if not isinstance(content, dict) or key not in content]
     if missing:
         raise CheckpointError(f"{path} is not a cyclegan_fast checkpoint: it lacks {', '.join(missing)}")
-    if content["format"] != FORMAT:
-        raise CheckpointError(f"{path} has checkpoint format {content['format']}; this version reads format {FORMAT}")
+    if type(content["format"]) is not int or content["format"] != FORMAT:
+        found = _kind(content["format"])
+        raise CheckpointError(f"{path} has checkpoint format {found}; this version reads format {FORMAT}")
+    for key, (is_right, right) in _PARTS.items():
+        if key in content and not is_right(content[key]):
+            raise CheckpointError(f"{path}: its {key} is not {right}, but {_kind(content[key])}")
+    for key, networks in _OPTIMIZED.items():
+        if key in content and not _fits(content[key], [content.get(name) for name in networks]):
+            raise CheckpointError(f"{path}: its {key} has moments of other shapes than the weights of its networks")
     result: dict[str, Any] = content
     return result
 
@@ -116,7 +161,7 @@ def find_checkpoint(run_or_file: str | Path, which: str = "latest") -> Path:
         wanted = steps[-1] if steps else None
     elif which == "best":
         wanted = checkpoint_dir(path) / "best.ckpt"
-    elif match := re.fullmatch(r"epoch-(\d+)", which):
+    elif match := re.fullmatch(r"epoch-(\d{1,9})", which):
         wanted = milestone_path(path, int(match[1]))
     else:
         raise CheckpointError(f"checkpoint {which!r} is not one of latest, best, epoch-N")
@@ -176,10 +221,10 @@ def keep_also_as(path: Path, alias: Path) -> None:
 
 def prune(run: str | Path, keep: int) -> None:
     """Remove all but the newest ``keep`` step checkpoints, and what an interrupted write may have left."""
-    for path in step_checkpoints(run)[:-keep]:
-        path.unlink(missing_ok=True)
-    for path in checkpoint_dir(run).glob(".*.ckpt.*.tmp"):
-        path.unlink(missing_ok=True)
+    left_over = checkpoint_dir(run).glob(".*.ckpt.*.tmp")
+    for path in (*step_checkpoints(run)[:-keep], *left_over):
+        with contextlib.suppress(OSError):  # what cannot be removed, a folder of that name say, is no reason to stop
+            path.unlink()
 
 
 def _append_checksum(path: Path) -> None:
@@ -193,25 +238,402 @@ def _append_checksum(path: Path) -> None:
         file.write(_COMMENT_BYTES.to_bytes(2, "little"))
         file.seek(0)
         digest = _digest(file, None)
+        _check_directory(file, file.seek(0, os.SEEK_END))  # or nobody would read it
         file.seek(0, os.SEEK_END)
         file.write(_COMMENT + digest.hexdigest().encode())
         file.flush()
         os.fsync(file.fileno())
 
 
-def _verify(path: Path) -> None:
+class _Refused(Exception):  # noqa: N818 - becomes a CheckpointError
+    """What is wrong with a file, as the rest of a sentence that begins with its name."""
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """The file, if it is one that can be read to its end: opening a pipe would wait for ever."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise CheckpointError(f"there is no checkpoint {path}: {getattr(error, 'strerror', error)}") from None
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(f"there is no checkpoint {path}: it is {'a folder' if stat.S_ISDIR(mode) else 'no file'}")
     with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - _COMMENT_BYTES))
-        comment = file.read()
-        if not comment.startswith(_COMMENT):
-            raise CheckpointError(
-                f"{path} has no checksum at its end: it is cut off, or not a cyclegan_fast checkpoint"
-            )
-        file.seek(0)
-        digest = _digest(file, size - _COMMENT_BYTES).hexdigest().encode()
+        yield file
+
+
+def _verify(path: Path, file: IO[bytes]) -> None:
+    """Check the end of the file, its directory and its checksum, in this order: the dearest comes last."""
+    size = file.seek(0, os.SEEK_END)
+    memory = _physical_memory()
+    file.seek(max(0, size - _COMMENT_BYTES))
+    comment = file.read(_COMMENT_BYTES)
+    if not comment.startswith(_COMMENT):
+        raise CheckpointError(f"{path} has no checksum at its end: it is cut off, or not a cyclegan_fast checkpoint")
+    if memory is not None and size > memory:
+        raise _Refused(f"has {size / 1e9:.0f} GB, more than this machine's memory, {memory / 1e9:.0f} GB")
+    _check_directory(file, size - _COMMENT_BYTES)
+    file.seek(0)
+    digest = _digest(file, size - _COMMENT_BYTES).hexdigest().encode()
     if digest != comment[len(_COMMENT) :]:
         raise CheckpointError(f"{path} is damaged: its content does not match its checksum")
+
+
+def _check_directory(file: IO[bytes], end: int) -> None:
+    """Refuse a zip directory too long to be read into memory; the file's end record ends at ``end``.
+
+    torch writes zip64, whose record of 56 bytes and locator of 20 stand before the end record of 22.
+    """
+    damaged = "is damaged: its zip directory is not where it should be"
+    file.seek(max(0, end - 98))
+    tail = file.read(98)
+    if len(tail) < 98 or (tail[:4], tail[56:60], tail[76:80]) != (b"PK\6\6", b"PK\6\7", b"PK\5\6"):
+        raise _Refused(damaged)
+    length, start = struct.unpack_from("<QQ", tail, 40)
+    (located,) = struct.unpack_from("<Q", tail, 64)
+    if length > _DIRECTORY_BYTES:
+        raise _Refused(f"has a directory of {length} bytes; at most {_DIRECTORY_BYTES} are read")
+    if located != end - 98 or start + length != located:
+        raise _Refused(damaged)
+
+
+def _physical_memory() -> int | None:
+    """Bytes of main memory, or None where the platform does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+@dataclass(frozen=True)
+class _Global:
+    """A name that the file refers to. Nothing is looked up by it."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """Elements of one record of the file."""
+
+    record: str
+    dtype: torch.dtype
+    count: int
+
+
+@dataclass(frozen=True)
+class _View:
+    """A tensor yet to be made. ``args``: storage, offset, size and stride as the file has them, unchecked."""
+
+    args: tuple[Any, ...]
+
+
+class _Archive:
+    """A ``torch.save`` file, read without trust in anything it says."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._zip = zipfile.ZipFile(file)
+        records, size = self._zip.infolist(), file.seek(0, os.SEEK_END)
+        if any(r.compress_type != zipfile.ZIP_STORED or r.file_size != r.compress_size for r in records):
+            raise _Refused("holds compressed records, which torch.save never writes")
+        if sum(r.file_size for r in records) > size:
+            raise _Refused("is damaged: its records take more bytes than the file has")
+        folders = {r.filename.partition("/")[0] for r in records}
+        if len(folders) != 1:
+            raise _Refused("is damaged: its records are not in one folder")
+        self._folder = folders.pop()
+        self._flat: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._left = _VALUES
+        self._bytes_left = _SHARED * size
+
+    def load(self, device: str | torch.device) -> Any:
+        """Everything in the file, its tensors on the device. Raises _Refused, OSError, MemoryError, BadZipFile."""
+        order = self._record("byteorder").decode("ascii", "replace")
+        if order != sys.byteorder:
+            raise _Refused(f"was written with byte order {order!r}; this machine has {sys.byteorder!r}")
+        return self._finished(_built(self._record("data.pkl")), device, 0)
+
+    def _info(self, name: str) -> zipfile.ZipInfo:
+        try:
+            return self._zip.getinfo(f"{self._folder}/{name}")
+        except KeyError:
+            raise _Refused(f"is damaged: it has no record {name!r}") from None
+
+    def _record(self, name: str) -> bytes:
+        info = self._info(name)
+        if info.file_size > _PICKLE_BYTES:
+            raise _Refused(f"has a record {name} of {info.file_size} bytes; at most {_PICKLE_BYTES} are read")
+        return self._zip.read(info)
+
+    def _finished(self, value: Any, device: str | torch.device, depth: int) -> Any:
+        """The value with its tensors made. Shared and nested parts are counted as often as they are met."""
+        self._left -= 1 + (len(value) if isinstance(value, str) else 0)
+        if self._left < 0 or depth > _DEPTH:
+            raise _Refused(f"holds more than {_VALUES} values, or nests them more than {_DEPTH} deep")
+        if isinstance(value, dict):
+            return {self._key(key): self._finished(item, device, depth + 1) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._finished(item, device, depth + 1) for item in value)
+        if isinstance(value, _View):
+            return self._tensor(value, device)
+        if value is not None and not isinstance(value, (bool, int, float, str)):
+            _refuse_more(value)
+        return value
+
+    def _key(self, key: str | int) -> str | int:
+        self._left -= len(key) if isinstance(key, str) else 1
+        return key
+
+    def _tensor(self, view: _View, device: str | torch.device) -> Tensor:
+        if len(view.args) < 4 or not isinstance(view.args[0], _Storage):
+            raise _Refused("is damaged: a tensor is not described as torch.save does")
+        storage, offset, size, stride = view.args[:4]
+        if not (_counts(size) and _counts(stride) and _counts((offset,)) and len(size) == len(stride) <= 8):
+            raise _Refused(f"is damaged: a tensor has size {size!r:.99}, stride {stride!r:.99}, offset {offset!r:.99}")
+        elements, reach = 1, 0
+        for length, step in zip(size, stride, strict=True):
+            elements *= length
+            reach += (length - 1) * step
+        if elements and (offset + reach >= storage.count or elements > storage.count):
+            raise _Refused(
+                f"is damaged: a tensor of size {list(size)}, stride {list(stride)} and offset {offset} does not lie "
+                f"in its {storage.count} elements"
+            )
+        self._bytes_left -= elements * storage.dtype.itemsize
+        if self._bytes_left < 0:
+            raise _Refused(f"has tensors that together take more than {_SHARED} times its own bytes")
+        if not elements:
+            if max(size) > storage.count + _VALUES:
+                raise _Refused(f"is damaged: an empty tensor has size {list(size)}")
+            return torch.empty(size, dtype=storage.dtype, device=device)
+        return self._elements(storage, device).as_strided(size, stride, offset)
+
+    def _elements(self, storage: _Storage, device: str | torch.device) -> Tensor:
+        """All elements of a record, on the device; views of one record share them."""
+        key = storage.record, storage.dtype
+        if key not in self._flat:
+            info = self._info(f"data/{storage.record}")
+            if info.file_size != storage.count * storage.dtype.itemsize:
+                raise _Refused(f"is damaged: {storage.count} {storage.dtype} do not take {info.file_size} bytes")
+            flat = torch.empty(storage.count, dtype=storage.dtype)
+            target = flat.view(torch.uint8).numpy()
+            with self._zip.open(info) as record:
+                done = 0
+                while block := record.read(1 << 20):
+                    target[done : done + len(block)] = np.frombuffer(block, np.uint8)
+                    done += len(block)
+            self._flat[key] = flat.to(device)
+        return self._flat[key]
+
+
+def _counts(values: Any) -> bool:
+    """Whether these are integers that a size, a stride or an offset may have."""
+    return isinstance(values, tuple) and all(type(value) is int and 0 <= value < 1 << 48 for value in values)
+
+
+def _refuse_more(what: Any) -> NoReturn:
+    name = what.name if isinstance(what, _Global) else type(what).__name__
+    raise _Refused(f"holds more than tensors and plain values, which is never loaded: {name[:99]}")
+
+
+def _built(instructions: bytes) -> Any:
+    """What the instructions build, with _View in the place of tensors. Nothing is imported or called."""
+    machine = _Machine()
+    try:
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(instructions)):
+            if count > _INSTRUCTIONS:
+                raise _Refused(f"takes more than {_INSTRUCTIONS} instructions to build")
+            if opcode.name == "STOP":
+                return machine.stack.pop()
+            machine.take(opcode.name, argument)
+    except (ValueError, IndexError, KeyError, TypeError, struct.error) as error:
+        raise _Refused(f"is damaged: {str(error)[:200]}") from None
+    raise _Refused("is damaged: its values have no end")
+
+
+class _Machine:
+    """The part of pickle's stack machine that torch.save makes use of, without its power over Python."""
+
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
+        self._marks: list[int] = []
+        self._memo: dict[int, Any] = {}
+
+    def take(self, name: str, argument: Any) -> None:
+        """Execute one instruction. Raises IndexError, KeyError, TypeError or ValueError where it makes no sense."""
+        if name in _VALUES_OF:
+            self.stack.append(_VALUES_OF[name](argument))
+        elif name in ("BINGET", "LONG_BINGET"):
+            self.stack.append(self._memo[argument])
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            self._memo[argument] = self.stack[-1]
+        elif name == "MARK":
+            self._marks.append(len(self.stack))
+        elif name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
+            self.stack.append(tuple(self._popped(int(name[5:]) if name[5:] else None)))
+        elif name in ("APPEND", "APPENDS"):
+            items = self._popped(1 if name == "APPEND" else None)
+            self._top(list).extend(items)
+        elif name in ("SETITEM", "SETITEMS"):
+            items = self._popped(2 if name == "SETITEM" else None)
+            # Other integers could be chosen to collide in the dictionary, which then takes for ever.
+            if not all(type(key) is str or (type(key) is int and 0 <= key < 1 << 31) for key in items[::2]):
+                raise TypeError("a dictionary has keys that are neither text nor small integers")
+            self._top(dict).update(zip(items[::2], items[1::2], strict=True))
+        elif name == "BUILD":  # what torch.save adds to a state_dict: the versions of its modules
+            self._popped(1)
+            self._top(dict)
+        elif name == "BINPERSID":
+            self.stack.append(_storage(*self._popped(1)[0]))
+        elif name == "REDUCE":
+            function, arguments = self._popped(2)
+            self.stack.append(_called(function, arguments))
+        elif name != "PROTO":
+            _refuse_more(_Global(f"instruction {name}"))
+
+    def _popped(self, count: int | None) -> list[Any]:
+        """The last ``count`` values of the stack, or for None those since the last mark."""
+        start = self._marks.pop() if count is None else len(self.stack) - count
+        if start < 0 or start > len(self.stack):
+            raise IndexError("its stack of values is too short")
+        items = self.stack[start:]
+        del self.stack[start:]
+        return items
+
+    def _top(self, kind: type) -> Any:
+        if type(self.stack[-1]) is not kind:
+            _refuse_more(self.stack[-1])
+        return self.stack[-1]
+
+
+# Instructions that put a new value on the stack.
+_VALUES_OF: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"), lambda argument: argument),
+    "NONE": lambda _: None,
+    "NEWTRUE": lambda _: True,
+    "NEWFALSE": lambda _: False,
+    "EMPTY_TUPLE": lambda _: (),
+    "EMPTY_LIST": lambda _: [],
+    "EMPTY_DICT": lambda _: {},
+    "GLOBAL": _Global,
+}
+
+
+def _storage(kind: Any, dtype: Any, record: Any, _location: Any, count: Any) -> _Storage:
+    if kind != "storage" or not isinstance(dtype, _Global) or not isinstance(record, str) or not _counts((count,)):
+        raise ValueError("elements are not described as torch.save does")
+    module, _, name = dtype.name.partition(" ")
+    if module != "torch" or name not in _DTYPES:
+        _refuse_more(dtype)
+    return _Storage(record, _DTYPES[name], count)
+
+
+def _called(function: Any, arguments: Any) -> Any:
+    """The two calls that a checkpoint is written with, as values."""
+    if function == _Global("collections OrderedDict") and arguments == ():
+        return {}
+    if function == _Global("torch._utils _rebuild_tensor_v2") and isinstance(arguments, tuple):
+        return _View(arguments)
+    _refuse_more(function)
+
+
+def _kind(value: Any) -> str:
+    """A value of the wrong kind, in a few words."""
+    if isinstance(value, (dict, list, tuple)):
+        return f"a {type(value).__name__} of {len(value)}: {str(list(value)[:3])[:99]}"
+    return f"a tensor of size {list(value.shape)}" if isinstance(value, Tensor) else f"{value!r:.99}"
+
+
+def _is_number(value: Any, low: float = -float("inf"), kinds: Any = (int, float)) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool) and value >= low
+
+
+def _is_weights(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(key, str) and isinstance(item, Tensor) and item.is_floating_point() for key, item in value.items()
+    )
+
+
+def _is_position(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and _is_number(value.get("step"), 0, int)
+        and all(_is_number(value.get(key, 1), 1, int) for key in ("steps_per_epoch", "pairs_per_step"))
+    )
+
+
+def _is_optimizer(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("state"), dict):
+        return False
+    groups = value.get("param_groups")
+    moments = value["state"].values()
+    return (
+        isinstance(groups, list)
+        and all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups)
+        and all(isinstance(moment, dict) and all(isinstance(m, Tensor) for m in moment.values()) for moment in moments)
+    )
+
+
+def _is_pools(value: Any) -> bool:
+    return isinstance(value, dict) and set(value) == {"A", "B"} and all(_is_pool(pool) for pool in value.values())
+
+
+def _is_pool(value: Any) -> bool:
+    if not isinstance(value, dict) or not all(_is_number(value.get(key), 0, int) for key in ("size", "count")):
+        return False
+    images = value.get("images", 0)
+    pictures = [] if images is None else images if isinstance(images, list) else [images]
+    return all(isinstance(item, Tensor) and item.dim() == 4 and item.is_floating_point() for item in pictures)
+
+
+def _is_history(value: Any) -> bool:
+    if not isinstance(value, dict) or not all(isinstance(value.get(key), list) for key in ("names", "rows")):
+        return False
+    shape = (len(value["names"]),)
+    return all(isinstance(name, str) for name in value["names"]) and all(
+        isinstance(row, Tensor) and row.is_floating_point() and row.shape == shape for row in value["rows"]
+    )
+
+
+def _is_digest(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and all(_is_number(value.get(key), 0, int) for key in ("count_A", "count_B"))
+        and isinstance(value.get("names"), str)
+    )
+
+
+def _is_settings(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+
+
+_WEIGHTS = (_is_weights, "a dictionary of floating-point tensors by name")
+_OPTIMIZER = (_is_optimizer, "the state of an optimiser")
+# What each part of a checkpoint must be, and that in words.
+_PARTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "config": (_is_settings, "a dictionary of settings by name"),
+    **dict.fromkeys(("G_A", "G_B", "D_A", "D_B"), _WEIGHTS),
+    **dict.fromkeys(("optimizer_G", "optimizer_D"), _OPTIMIZER),
+    "scaler": (_is_settings, "the state of a loss scaler"),
+    "pools": (_is_pools, "two image pools, A and B, with size, count and pictures [N, C, H, W]"),
+    "position": (_is_position, "a position: step >= 0, steps_per_epoch and pairs_per_step >= 1, all integers"),
+    "best": (_is_number, "a number"),
+    "history": (_is_history, "names and as many scalars a step"),
+    "data": (_is_digest, "count_A, count_B and names of the pictures"),
+    "provenance": (_is_settings, "a dictionary of words by name"),
+}
+_OPTIMIZED = {"optimizer_G": ("G_A", "G_B"), "optimizer_D": ("D_A", "D_B")}
+
+
+def _fits(optimizer: dict[str, Any], networks: list[Mapping[str, Tensor] | None]) -> bool:
+    """Whether an optimiser's tensors have the shapes of their weights, which fused kernels take as given."""
+    shapes = [weight.shape for network in networks if network is not None for weight in network.values()]
+    for index, moments in optimizer["state"].items():
+        if not isinstance(index, int) or not 0 <= index < len(shapes):
+            return False
+        if any(m.shape != (() if key == "step" else shapes[index]) for key, m in moments.items()):
+            return False
+    return True
 
 
 def _digest(file: Any, length: int | None) -> hashlib._Hash:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from cyclegan_fast.ops.image_pool import pool_exchange
 
 __all__ = ["ImagePool", "pool_draws"]
 
@@ -21,18 +24,24 @@ class ImagePool:
     probability 1/2 a uniformly drawn stored picture is returned and the new one takes its slot, else the new one is
     returned and not stored. Size 0 returns every picture. What is returned is detached.
 
-    The random numbers are arguments (see `pool_draws`), and how full the pool is follows from the number of pictures
-    seen, so nothing is read back from the device. Pictures are kept in the dtype, memory format and device of those
-    exchanged. Where pictures have several sizes the pool keeps them one by one, and then reads the draws on the host.
+    The random numbers are arguments (see `pool_draws`), and the number of pictures offered so far, from which follows
+    how full the pool is, is kept on the device, so that nothing is read back and a CUDA graph may hold the exchange.
+    Pictures are kept in the dtype, memory order and device of those exchanged. Where pictures have several sizes the
+    pool keeps them one by one, and then reads the draws on the host.
     """
 
     def __init__(self, size: int) -> None:
         if size < 0:
             raise ValueError(f"pool size = {size} is not allowed: an integer >= 0")
         self.size = size
-        self.count = 0  # pictures stored
+        self._offered = torch.zeros(1, dtype=torch.int64)  # pictures offered so far
         self._buffer: Tensor | None = None  # [size, C, H, W]; the first `count` slots are in use
         self._pictures: list[Tensor] | None = None  # instead of the buffer, once sizes differ: `count` of [1, C, H, W]
+
+    @property
+    def count(self) -> int:
+        """Pictures stored. The host waits for the device."""
+        return min(int(self._offered), self.size)
 
     @torch.no_grad()
     def exchange(self, images: Tensor, accept: Tensor | np.ndarray, slot: Tensor | np.ndarray) -> Tensor:
@@ -55,25 +64,10 @@ class ImagePool:
             self._buffer = None
         if self._pictures is not None:
             return self._exchange_one_by_one(images, accept, slot)
-        return self._exchange_on_device(images, accept, slot)
-
-    def _exchange_on_device(self, images: Tensor, accept: Tensor | np.ndarray, slot: Tensor | np.ndarray) -> Tensor:
         buffer = self._allocated(images)
-        stored_now = min(self.size - self.count, images.shape[0])
-        if stored_now > 0:
-            buffer[self.count : self.count + stored_now].copy_(images[:stored_now])
-            self.count += stored_now
-        if stored_now == images.shape[0]:
-            return images
-        swap = torch.as_tensor(accept, device=images.device) < 0.5
-        slot = torch.as_tensor(slot, device=images.device)
-        result = images.clone()
-        # One after another: two pictures of a batch may draw the same slot, and the second then gets the first.
-        for i in range(stored_now, images.shape[0]):
-            image, index = images[i : i + 1], slot[i : i + 1]
-            old = buffer.index_select(0, index)
-            result[i : i + 1] = torch.where(swap[i], old, image)
-            buffer.index_copy_(0, index, torch.where(swap[i], image, old))
+        accept, slot = (torch.as_tensor(draws, device=images.device) for draws in (accept, slot))
+        result = pool_exchange(images, buffer, self._offered, accept, slot)
+        self._offered += images.shape[0]
         return result
 
     def _exchange_one_by_one(self, images: Tensor, accept: Tensor | np.ndarray, slot: Tensor | np.ndarray) -> Tensor:
@@ -82,15 +76,15 @@ class ImagePool:
             raise RuntimeError("ImagePool: no list of pictures to exchange with")
         results: list[Tensor] = []
         for image, draw, index in zip(images.split(1), accept.tolist(), slot.tolist(), strict=True):
-            if self.count < self.size:
+            if len(pictures) < self.size:
                 pictures.append(image.clone())
-                self.count += 1
                 results.append(image)
             elif draw < 0.5:
                 results.append(pictures[index].to(images.device, images.dtype))
                 pictures[index] = image.clone()
             else:
                 results.append(image)
+        self._offered += images.shape[0]
         if len({result.shape for result in results}) > 1:
             raise ValueError(
                 "ImagePool: pictures of several sizes cannot be returned as one batch: use batch 1, or pool size 0"
@@ -98,27 +92,40 @@ class ImagePool:
         return results[0] if len(results) == 1 else torch.cat(results)
 
     def _allocated(self, images: Tensor) -> Tensor:
-        """The buffer, made on first use, and on the device and in the dtype of `images` also after a resume."""
+        """The buffer: made on first use, and on the device, in the dtype and memory order of `images` after a resume.
+
+        It stays where it is from then on, as does the counter: a recorded CUDA graph knows their addresses.
+        """
+        if self._offered.device != images.device:
+            self._offered = self._offered.to(images.device)
         if self._buffer is None:
             self._buffer = self._new_buffer(images)
-        elif self._buffer.device != images.device or self._buffer.dtype != images.dtype:
-            self._buffer = self._buffer.to(images.device, images.dtype)
+        elif not self._fits(self._buffer, images):
+            self._buffer = self._new_buffer(images).copy_(self._buffer)
         return self._buffer
 
+    @staticmethod
+    def _fits(buffer: Tensor, images: Tensor) -> bool:
+        same_order = all(
+            buffer.stride(d) == images.stride(d) for d in (1, 2, 3) if images.shape[d] > 1
+        )  # a dimension of size 1 may have any stride
+        return same_order and buffer.device == images.device and buffer.dtype == images.dtype
+
     def _new_buffer(self, like: Tensor) -> Tensor:
-        """Zeros [size, C, H, W] in the dtype, memory format and device of `like` [N, C, H, W]."""
-        channels_last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
-        buffer = torch.zeros((self.size, *like.shape[1:]), dtype=like.dtype, device=like.device)
-        return buffer.to(memory_format=torch.channels_last) if channels_last else buffer
+        """Zeros [size, C, H, W] in the dtype, memory order and device of `like` [N, C, H, W]."""
+        strides = (like[0].numel(), *like.stride()[1:])
+        shape = (self.size, *like.shape[1:])
+        return torch.empty_strided(shape, strides, dtype=like.dtype, device=like.device).zero_()
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of everything: size, count, and `images`, a tensor [count, C, H, W] or a list of [1, C, H, W]."""
+        count = self.count
         images: Tensor | list[Tensor] | None = None
         if self._pictures is not None:
             images = [picture.clone() for picture in self._pictures]
         elif self._buffer is not None:
-            images = self._buffer[: self.count].clone()
-        return {"size": self.size, "count": self.count, "images": images}
+            images = self._buffer[:count].clone()
+        return {"size": self.size, "count": count, "images": images}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device | None = None) -> None:
         """Continue exactly where `state_dict` was taken, on `device` (where the saved pictures are, without one).
@@ -131,7 +138,7 @@ class ImagePool:
         held = 0 if images is None else len(images)
         if held != count or count > size:
             raise ValueError(f"the saved image pool of size {size} says count = {count} but holds {held} pictures")
-        self.count = count
+        self._offered = torch.tensor([count], device=device)  # that more were offered makes no difference
         self._buffer, self._pictures = None, None
         if isinstance(images, Tensor):
             self._buffer = self._new_buffer(images.to(device))
@@ -147,7 +154,7 @@ def pool_draws(seed: int, step_position: np.ndarray, size: int, domain: int) -> 
     [0, size) (0 for size 0). Counter-based (Philox): the draws at a position depend on seed, domain, size and that
     position only, not on the other positions asked for.
     """
-    key = np.random.SeedSequence([seed, _STREAM, domain]).generate_state(2, np.uint64)
+    key = _key(seed, domain)
     accept = np.empty(len(step_position), np.float64)
     slot = np.empty(len(step_position), np.int64)
     for i, position in enumerate(step_position.tolist()):
@@ -156,3 +163,8 @@ def pool_draws(seed: int, step_position: np.ndarray, size: int, domain: int) -> 
         accept[i] = (high >> 11) * 2.0**-53
         slot[i] = (low * size) >> 64
     return accept, slot
+
+
+@functools.lru_cache(maxsize=64)
+def _key(seed: int, domain: int) -> np.ndarray:
+    return np.random.SeedSequence([seed, _STREAM, domain]).generate_state(2, np.uint64)

@@ -2,6 +2,14 @@
 
 Losses arrive as tensors on the device and stay there; the host reads them once every ``monitor.log_every`` steps,
 which is the only time it waits for the device.
+
+The speed figures of a reading are those of the whole time since the last one, checkpoints and pictures included:
+
+    pairs_per_s  pairs of pictures a second, over all processes
+    data_wait    share of the time in which the loop waited for data
+    tflops       1e12 FLOP/s that the model asks for, recomputation not counted, on this process's device
+    mfu          that as a share of the device's measured matrix rate in the run's precision
+    bandwidth    bytes that must move at the level of fusion in use, a second, as a share of the measured copy rate
 """
 
 from __future__ import annotations
@@ -21,12 +29,16 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from cyclegan_fast.models.cost import Work
+from cyclegan_fast.roofline import Roofline
+
 logger = logging.getLogger("cyclegan_fast.monitor")
 
 SCALARS = "scalars.jsonl"
 # The bar shows few of the scalars: one of each kind.
 _BAR = ("G_A", "G_B", "cycle_A", "cycle_B", "D_A", "D_B")
-_GROUPS = {"lr": "training", "pairs_per_s": "speed", "data_wait": "speed", "memory_gb": "speed"}
+_SPEED = ("pairs_per_s", "data_wait", "memory_gb", "tflops", "mfu", "bandwidth")
+_GROUPS = {"lr": "training", **dict.fromkeys(_SPEED, "speed")}
 
 
 class History:
@@ -64,7 +76,12 @@ class History:
 
 
 class Monitor:
-    """Writer of one run's records; with ``active=False`` (ranks other than 0) it writes nothing."""
+    """Writer of one run's records; with ``active=False`` (ranks other than 0) it writes nothing.
+
+    ``work`` is that of one optimiser step on this process's device, ``roofline`` the device's ceilings and
+    ``precision`` the resolved one of the run. Without ``work`` there is no figure of FLOP/s; without ``roofline`` there
+    are no shares of its ceilings, and the log says once how to get them.
+    """
 
     def __init__(
         self,
@@ -77,10 +94,14 @@ class Monitor:
         tensorboard: bool = True,
         progress: bool = True,
         active: bool = True,
+        work: Work | None = None,
+        roofline: Roofline | None = None,
+        precision: str = "fp32",
     ) -> None:
         self.run_dir = run_dir
         self.steps_per_epoch = steps_per_epoch
         self.pairs_per_step = pairs_per_step
+        self._work, self._roofline, self._precision = work, roofline, precision
         self._writer: Any = None
         self._lines: TextIO | None = None
         self._bar: tqdm[Any] | None = None
@@ -88,6 +109,11 @@ class Monitor:
         self._wait = 0.0
         if not active:
             return
+        if work is not None and roofline is None:
+            logger.info(
+                "what share of the device's speed is reached is not shown, as that was never measured: "
+                "`cyclegan-fast doctor --measure` does it, once, in some seconds"
+            )
         self._lines = _open_scalars(run_dir / SCALARS, step)
         if tensorboard:
             self._writer = _open_tensorboard(run_dir / "tensorboard", step)
@@ -114,13 +140,7 @@ class Monitor:
         """Record the window of steps that ends with ``step``: its mean losses, speed, data wait and memory."""
         now = time.perf_counter()
         seconds = max(now - self._last_time, 1e-9)
-        scalars = {
-            **scalars,
-            "lr": lr,
-            "pairs_per_s": (step - self._last_step) * self.pairs_per_step / seconds,
-            "data_wait": self._wait / seconds,
-            "memory_gb": peak_memory_gb(),
-        }
+        scalars = {**scalars, "lr": lr, **self._speed(step - self._last_step, seconds)}
         self._last_time, self._last_step, self._wait = now, step, 0.0
         epoch = step / self.steps_per_epoch
         if self._lines is not None:
@@ -133,9 +153,25 @@ class Monitor:
             self._writer.add_scalar("training/epoch", epoch, step)
         if self._bar is not None:
             shown = {name: f"{scalars[name]:.3f}" for name in _BAR if name in scalars}
-            speed = f"{scalars['pairs_per_s']:.1f} pairs/s, {scalars['memory_gb']:.1f} GB"
             text = " ".join(f"{name} {value}" for name, value in shown.items())
-            self._bar.set_postfix_str(f"{text}, {speed}", refresh=sys.stderr.isatty())
+            self._bar.set_postfix_str(f"{text}, {_speed_words(scalars)}", refresh=sys.stderr.isatty())
+
+    def _speed(self, steps: int, seconds: float) -> dict[str, float]:
+        """The speed figures of ``steps`` steps that took ``seconds``."""
+        figures = {
+            "pairs_per_s": steps * self.pairs_per_step / seconds,
+            "data_wait": self._wait / seconds,
+            "memory_gb": peak_memory_gb(),
+        }
+        if self._work is None:
+            return figures
+        rate = self._work.flop * steps / seconds
+        figures["tflops"] = rate / 1e12
+        if self._roofline is not None:
+            if self._precision in self._roofline.matrix:
+                figures["mfu"] = rate / self._roofline.matrix[self._precision]
+            figures["bandwidth"] = self._work.bytes * steps / seconds / self._roofline.copy
+        return figures
 
     def measured(self, step: int, values: dict[str, float]) -> None:
         """Record measures taken on the test samples."""
@@ -178,6 +214,16 @@ def peak_memory_gb() -> float:
         return math.nan
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if platform.system() == "Darwin" else 1024) / 1e9
+
+
+def _speed_words(scalars: dict[str, float]) -> str:
+    """The speed figures that are known, as the bar shows them."""
+    words = [f"{scalars['pairs_per_s']:.1f} pairs/s"]
+    if "tflops" in scalars:
+        words.append(f"{scalars['tflops']:.3g} TFLOP/s")
+    shares = {"mfu": "MFU", "bandwidth": "bandwidth", "data_wait": "data wait"}
+    words += [f"{shares[name]} {100 * scalars[name]:.0f} %" for name in shares if name in scalars]
+    return ", ".join([*words, f"{scalars['memory_gb']:.1f} GB"])
 
 
 def _group(name: str) -> str:

@@ -14,7 +14,7 @@ import torch
 
 from cyclegan_fast import distributed
 from cyclegan_fast.config import Config
-from cyclegan_fast.device import AUTOCAST, arithmetic, resolve_precision
+from cyclegan_fast.device import AUTOCAST, arithmetic, resolve_precision, usable_cores
 
 
 @dataclass
@@ -52,8 +52,7 @@ def process_settings(config: Config, device: torch.device) -> Iterator[None]:
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     benchmark = torch.backends.cudnn.benchmark
     precision = resolve_precision(config.training.precision, device)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(config.training.threads or max(1, cores // distributed.local_world_size()))
+    torch.set_num_threads(config.training.threads or max(1, usable_cores() // distributed.local_world_size()))
     if config.training.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.training.deterministic)

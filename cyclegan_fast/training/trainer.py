@@ -13,34 +13,35 @@ import math
 import platform
 import signal
 import time
+from collections.abc import Generator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.amp.grad_scaler import GradScaler
+from torch import Tensor
 
 from cyclegan_fast import distributed
 from cyclegan_fast.config import Config, ConfigError, to_dict, to_yaml
-from cyclegan_fast.data.loader import Batch, TrainingData, open_training_data
-from cyclegan_fast.device import AUTOCAST, resolve_device, resolve_precision
+from cyclegan_fast.data.loader import Batch, Plan, TrainingData, open_training_data
+from cyclegan_fast.device import resolve_device, resolve_precision
 from cyclegan_fast.errors import InputError
 from cyclegan_fast.evaluation.figures import curves_figure
-from cyclegan_fast.models import build_discriminators, build_generators
+from cyclegan_fast.models import cost
+from cyclegan_fast.roofline import measured
 from cyclegan_fast.training import checkpoint as ckpt
+from cyclegan_fast.training.build import build_networks, build_state, executed, resolved_impl
+from cyclegan_fast.training.graph import CudaRecorder, Draws, GraphStep, Packed, Recorder, draw_fields, step_batch
 from cyclegan_fast.training.image_pool import ImagePool, pool_draws
-from cyclegan_fast.training.losses import GANLoss
 from cyclegan_fast.training.monitor import SCALARS, History, Monitor
 from cyclegan_fast.training.process import catch_signals, process_settings
 from cyclegan_fast.training.samples import Samples
 from cyclegan_fast.training.schedule import lr_factor
-from cyclegan_fast.training.step import Exchange, Objective, StepBatch, TrainState, train_step
+from cyclegan_fast.training.step import train_step
 from cyclegan_fast.version import __version__
 
 logger = logging.getLogger("cyclegan_fast.train")
 
-NETWORKS = ("G_A", "G_B", "D_A", "D_B")
 # Streams of random numbers beside those of the pools, which take 0 (domain A) and 1 (domain B).
 _ALPHA_A, _ALPHA_B = 2, 3
 # A resumed run may differ from its checkpoint in these; anything else would make it another experiment.
@@ -54,7 +55,8 @@ _FREE: tuple[str, ...] = (
     "checkpoint.",
     "monitor.",
     *(f"training.{name}" for name in ("epochs", "steps", "batch", "accumulate", "precision", "channels_last")),
-    *(f"training.{name}" for name in ("compile", "deterministic", "device", "threads")),
+    *(f"training.{name}" for name in ("mode", "impl", "recompute", "streams", "deterministic", "device", "threads")),
+    "training.compile",  # of checkpoints before there was training.mode
 )
 
 
@@ -112,18 +114,23 @@ class Trainer:
             progress=distributed.is_main() and config.monitor.progress,
         )
         self._digest = _digest(self.data)
-        self.modules = _build_networks(config, device)
+        self.impl = resolved_impl(config, self.precision, device)
+        self.modules = build_networks(config, self.impl, device)
         self.pools = {name: ImagePool(config.training.pool_size) for name in ("A", "B")}
-        self.state = _build_state(config, self.modules, self.pools, self.precision, device)
+        run = executed(config, self.modules, one_shape=self.data.loader.windows is not None)
+        self.state = build_state(config, self.modules, run, self.pools, self.precision, device)
         self.samples = Samples(
             self.data.samples_A, self.data.samples_B, self.modules, self.state.objective, self.state.autocast
         )
         self.history = History()
         self.step = 0
         self.best = math.inf
+        self._lr = config.training.lr
         if found is not None:
             self._load(*found)
         distributed.broadcast_parameters(self.modules.values())
+        self._draws = Packed(draw_fields(*self._counts), device)
+        self._graph = self._open_graph() if config.training.mode == "graph" else None
         self._saved_at = time.monotonic()
         self._saved_step = self.step
 
@@ -139,22 +146,30 @@ class Trainer:
         """Pairs of one optimiser step over all processes."""
         return self.config.training.batch * self.config.training.accumulate * distributed.world_size()
 
+    @property
+    def _counts(self) -> tuple[int, int, int]:
+        """Micro-batches of a step, this process's pairs in one, and all processes' pairs in one, which share a pool."""
+        training = self.config.training
+        return training.accumulate, training.batch, training.batch * distributed.world_size()
+
     def fit(self) -> None:
         """Run the remaining steps, with everything that happens between them."""
         total, votes = self.total_steps, distributed.StopVote()
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(catch_signals())
             monitor = stack.enter_context(contextlib.closing(self._open_monitor(total)))
-            batches = stack.enter_context(contextlib.closing(self.data.loader.iterate(self.step, total)))
+            if self._graph is not None:
+                stack.callback(self._graph.graph.release)  # before the process group goes
+            batches = stack.enter_context(contextlib.closing(self._batches(total)))
             while self.step < total:
                 waited = time.perf_counter()
                 batch = next(batches)
                 monitor.waited(time.perf_counter() - waited)
 
-                lr = self._set_learning_rate(batch.epoch)
+                lr = self._learning_rate(batch.epoch)
                 last = self.step + 1 == total
                 reading = last or (self.step + 1) % self.config.monitor.log_every == 0
-                self.history.append(train_step(self.state, self._inputs(batch), measure=reading))
+                self.history.append(self._take_step(batch, lr, measure=reading))
                 self.step += 1
                 monitor.step_done()
 
@@ -173,32 +188,45 @@ class Trainer:
         if distributed.is_main() and (self.run_dir / SCALARS).stat().st_size:
             curves_figure(self.run_dir / SCALARS, self.run_dir / "training_curves.png")
 
-    def _set_learning_rate(self, epoch: int) -> float:
-        training = self.config.training
-        lr = training.lr * lr_factor(epoch, training.epochs, training.epochs_decay)
-        for optimizer in (self.state.optimizer_G, self.state.optimizer_D):
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-        return lr
+    def _batches(self, total: int) -> Generator[Batch | Plan, None, None]:
+        """What the remaining steps read: pictures, or, where a graph makes them, which pictures."""
+        loader = self.data.loader
+        yield from loader.iterate(self.step, total) if self._graph is None else loader.plans(self.step, total)
 
-    def _inputs(self, batch: Batch) -> StepBatch:
-        """The step's tensors: pictures, and random draws made from the position in the data."""
-        training = self.config.training
-        count, per_pass = training.accumulate, training.batch * distributed.world_size()
-        positions = self.step * self.pairs_per_step + np.arange(self.pairs_per_step)
-        own = positions.reshape(count, distributed.world_size(), training.batch)[:, distributed.rank()].reshape(-1)
-        draws = [
-            torch.from_numpy(draw).to(self.device, non_blocking=True).view(count, per_pass)
-            for domain in (0, 1)
-            for draw in pool_draws(self.config.seed, positions, training.pool_size, domain)
-        ]
-        alphas = [
-            torch.from_numpy(pool_draws(self.config.seed, own, 1, stream)[0]).to(self.device, torch.float32)
-            for stream in (_ALPHA_A, _ALPHA_B)
-        ]
+    def _take_step(self, batch: Batch | Plan, lr: float, *, measure: bool) -> dict[str, Tensor]:
+        """One optimiser step; returns its scalars, on the device."""
         if self.config.model.dropout:  # the only use of torch's own generator in a step
             torch.manual_seed(hash((self.config.seed, self.step, distributed.rank())) & 0x7FFF_FFFF)
-        return StepBatch(batch.real_A, batch.real_B, *draws, *(alpha.view(count, -1) for alpha in alphas))
+        draws = self._draw()
+        if isinstance(batch, Plan):
+            if self._graph is None:
+                raise RuntimeError("a step without its pictures needs a graph that makes them")
+            A, B = batch.A, batch.B
+            return self._graph((A.places, B.places), (A.cut, B.cut), draws, lr, measure=measure)
+        self._draws.load(draws._asdict())
+        return train_step(self.state, step_batch(self._draws.views, batch.real_A, batch.real_B), measure=measure)
+
+    def _learning_rate(self, epoch: int) -> float:
+        """The learning rate of an epoch, which the optimisers have from here on: a graph takes it with its inputs."""
+        training = self.config.training
+        self._lr = training.lr * lr_factor(epoch, training.epochs, training.epochs_decay)
+        if self._graph is None:
+            for optimizer in (self.state.optimizer_G, self.state.optimizer_D):
+                for group in optimizer.param_groups:
+                    group["lr"] = self._lr
+        return self._lr
+
+    def _draw(self) -> Draws:
+        """The step's random numbers, from the position in the data."""
+        count, batch, per_pass = self._counts
+        positions = self.step * self.pairs_per_step + np.arange(self.pairs_per_step)
+        own = positions.reshape(count, distributed.world_size(), batch)[:, distributed.rank()].reshape(-1)
+        seed, size = self.config.seed, self.config.training.pool_size
+        pools = [
+            draw.reshape(count, per_pass) for domain in (0, 1) for draw in pool_draws(seed, positions, size, domain)
+        ]
+        alphas = [pool_draws(seed, own, 1, stream)[0].reshape(count, batch) for stream in (_ALPHA_A, _ALPHA_B)]
+        return Draws(*pools, *alphas)
 
     def _read(self) -> dict[str, float]:
         """Mean scalars since the last reading, over steps and ranks; the one place where the host waits.
@@ -291,8 +319,8 @@ class Trainer:
         return {
             "config": to_dict(self.config),
             **{name: module.state_dict() for name, module in self.modules.items()},
-            "optimizer_G": self.state.optimizer_G.state_dict(),
-            "optimizer_D": self.state.optimizer_D.state_dict(),
+            "optimizer_G": _portable(self.state.optimizer_G, self._lr),
+            "optimizer_D": _portable(self.state.optimizer_D, self._lr),
             "scaler": self.state.scaler.state_dict(),
             "pools": {name: pool.state_dict() for name, pool in self.pools.items()},
             "position": {
@@ -318,6 +346,11 @@ class Trainer:
     def _load(self, path: Path, content: dict[str, Any]) -> None:
         """Take over a checkpoint's state. Raises CheckpointError or ConfigError saying what does not fit."""
         _check_same_experiment(self.config, content["config"], path)
+        missing = [name for name in ("position", "data", "history", "best") if name not in content]
+        if missing:
+            raise ckpt.CheckpointError(
+                f"{path} holds no {', '.join(missing)}: it can translate, but a run cannot be continued from it"
+            )
         position = content["position"]
         if content["data"] != self._digest:
             raise ckpt.CheckpointError(
@@ -344,6 +377,30 @@ class Trainer:
         if distributed.is_main():
             logger.info("resumed from %s: step %d of %d", path, self.step, self.total_steps)
 
+    def _open_graph(self) -> GraphStep | None:
+        """The step as a graph, or None where its shapes vary. It runs eagerly where there is nothing to record it."""
+        loader = self.data.loader
+        recorder = _recorder(self.device)
+        obstacle = None if recorder else f"it needs a CUDA device, not {self.device.type}"
+        if loader.windows is None:
+            obstacle = "whole pictures of several sizes cannot share a recording (data.preprocess with a crop can)"
+        if obstacle and distributed.is_main():
+            logger.warning("training.mode=graph: the step runs eagerly: %s", obstacle)
+        if loader.windows is None:
+            return None
+        count, batch, per_pass = self._counts
+        return GraphStep(
+            self.state,
+            loader.windows,
+            loader.images,
+            accumulate=count,
+            batch=batch,
+            pooled=per_pass,
+            device=self.device,
+            recorder=recorder,
+            agree=distributed.any_rank,
+        )
+
     def _open_monitor(self, total: int) -> Monitor:
         monitor = Monitor(
             self.run_dir,
@@ -354,9 +411,21 @@ class Trainer:
             tensorboard=self.config.monitor.tensorboard,
             progress=self.config.monitor.progress,
             active=distributed.is_main(),
+            work=self._work(),
+            roofline=measured(self.device),
+            precision=self.precision,
         )
         monitor.text("config", to_yaml(self.config))
         return monitor
+
+    def _work(self) -> cost.Work | None:
+        """What one step of this process asks of the device, or None where pictures have several sizes."""
+        windows = self.data.loader.windows
+        if windows is None or windows[0][:2] != windows[1][:2]:
+            return None
+        height, width, _ = windows[0]
+        step = cost.configured(self.config, height, width, precision=self.precision, fused=self.impl == "fused")
+        return cost.training_step(step) + cost.weights(step) + cost.optimiser(step)
 
 
 def _prepare_run(config: Config, resume: bool) -> tuple[Path, dict[str, Any]] | None:
@@ -378,59 +447,15 @@ def _prepare_run(config: Config, resume: bool) -> tuple[Path, dict[str, Any]] | 
     return found
 
 
-def _build_networks(config: Config, device: torch.device) -> dict[str, nn.Module]:
-    """The four networks by name, initialised from the seed, on the device."""
-    torch.manual_seed(config.seed)
-    made: tuple[nn.Module, ...] = (*build_generators(config.model), *build_discriminators(config.model))
-    modules = dict(zip(NETWORKS, made, strict=True))
-    for module in modules.values():
-        module.to(device)
-        if config.training.channels_last:
-            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return modules
+def _recorder(device: torch.device) -> Recorder | None:
+    return CudaRecorder(device) if device.type == "cuda" else None
 
 
-def _build_state(
-    config: Config, modules: dict[str, nn.Module], pools: dict[str, ImagePool], precision: str, device: torch.device
-) -> TrainState:
-    training, loss = config.training, config.loss
-    run = dict(modules)
-    if training.compile:
-        run = {name: cast(nn.Module, torch.compile(module)) for name, module in modules.items()}
-
-    def adam(*names: str) -> torch.optim.Adam:
-        parameters = [parameter for name in names for parameter in modules[name].parameters()]
-        betas = (training.beta1, training.beta2)
-        return torch.optim.Adam(parameters, lr=training.lr, betas=betas, eps=training.adam_eps, fused=True)
-
-    return TrainState(
-        **run,
-        optimizer_G=adam("G_A", "G_B"),
-        optimizer_D=adam("D_A", "D_B"),
-        exchange_A=_shared(pools["A"]),
-        exchange_B=_shared(pools["B"]),
-        objective=Objective(
-            gan=GANLoss(loss.gan),
-            cycle_A=loss.cycle_A,
-            cycle_B=loss.cycle_B,
-            identity=loss.identity,
-            gradient_penalty=loss.gradient_penalty if loss.gan == "wgangp" else 0.0,
-            own_gradient=loss.generator_gradient == "own",
-        ),
-        autocast=AUTOCAST.get(precision),
-        scaler=GradScaler(device.type, enabled=precision == "fp16"),
-        reduce=distributed.average_gradients if distributed.world_size() > 1 else None,
-    )
-
-
-def _shared(pool: ImagePool) -> Exchange:
-    """One pool for all processes: each sees every fake and makes the same draws, so the law is that of one process."""
-
-    def exchange(images: Tensor, accept: Tensor, slot: Tensor) -> Tensor:
-        first, count = distributed.rank() * images.shape[0], images.shape[0]
-        return pool.exchange(distributed.gather_batch(images), accept, slot)[first : first + count]
-
-    return exchange
+def _portable(optimizer: torch.optim.Optimizer, lr: float) -> dict[str, Any]:
+    """The optimiser's state as mode eager has it, whatever the mode: a graph keeps its learning rate in a tensor."""
+    state = optimizer.state_dict()
+    groups = [{**group, "lr": lr, "capturable": False} for group in state["param_groups"]]
+    return {**state, "param_groups": groups}
 
 
 def _check_same_experiment(config: Config, saved: dict[str, Any], path: Path) -> None:

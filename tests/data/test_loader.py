@@ -221,6 +221,37 @@ class TestBatches:
         assert batch.real_B.shape == (1, 2, 3, 16, 16)
 
 
+class TestPlans:
+    """What a recorded step reads instead of batches."""
+
+    @pytest.mark.parametrize("resident", ["always", "never"])
+    def test_the_windows_named_are_those_of_the_batch(self, square: tuple[Store, Store], resident: str) -> None:
+        loader = make_loader(square, batch=2, accumulate=3, resident=resident)
+        for step, plan in enumerate(loader.plans(2, 9), 2):
+            batch = loader.batch(step)
+            assert plan.epoch == batch.epoch
+            for domain, (windows, real) in enumerate(((plan.A, batch.real_A), (plan.B, batch.real_B))):
+                assert windows.size == (16, 16)
+                assert windows.places.shape == (4, 6)
+                for n, (i, y, x, flip) in enumerate(windows.places.T.tolist()):
+                    if resident == "always":
+                        assert windows.cut is None
+                        assert loader.images is not None
+                        window = loader.images[domain][i, y : y + 16, x : x + 16].numpy()
+                    else:
+                        assert windows.cut is not None
+                        assert (i, y, x) == (n, 0, 0)
+                        window = windows.cut[n].numpy()
+                    assert torch.equal(real.flatten(0, 1)[n], normalise(window[:, ::-1] if flip else window))
+        assert not loader_threads()
+
+    def test_the_shape_of_all_windows(self, square: tuple[Store, Store], uneven: tuple[Store, Store]) -> None:
+        assert make_loader(square).windows == ((16, 16, 3), (16, 16, 3))
+        assert make_loader(square, crop=None).windows == ((24, 24, 3), (24, 24, 3))
+        assert make_loader(uneven).windows == ((16, 16, 3), (16, 16, 3))
+        assert make_loader(uneven, crop=None, batch=1).windows is None
+
+
 class TestWholePictures:
     def test_one_at_a_time_keeps_its_size(self, uneven: tuple[Store, Store]) -> None:
         loader = make_loader(uneven, crop=None, batch=1, flip=False)

@@ -751,11 +751,12 @@ class TestSeveralProcesses:
     ) -> None:
         write_pictures(tmp_path / "in", [(30, 20)])
         monkeypatch.setattr(store_module, "_flock", None)
-        for name, hours in (("trainA-aa-11.tmp", 1), ("trainA-bb-22.tmp", 48)):
+        young, old = (f"trainA-{digit * 32}-{digit * 8}.tmp" for digit in "ab")
+        for name, hours in ((young, 1), (old, 48)):
             (cache / name).mkdir(parents=True)
             os.utime(cache / name, (time.time() - hours * 3600,) * 2)
         store = open_store(scan(tmp_path / "in"), SQUARE, cache=cache, split="trainA")
-        assert finished(cache) == sorted(["trainA-aa-11.tmp", store.path.name])
+        assert finished(cache) == sorted([young, store.path.name])
 
 
 def runs(pid: int) -> bool:
@@ -825,7 +826,7 @@ class TestWorkers:
         assert finished(cache) == []
 
     def test_as_many_as_pay(self, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-        monkeypatch.setattr(store_module, "_cores", lambda: 8)
+        monkeypatch.setattr(store_module, "usable_cores", lambda: 8)
 
         def count(pictures: int, side: int, workers: int) -> int:
             entries = [Entry(Path("a"), "a", side, side, "RGB", "PNG", 1, 1)] * pictures

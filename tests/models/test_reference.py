@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cyclegan_fast.config import ModelConfig
-from cyclegan_fast.models import (
+from cyclegan_fast.models import build_discriminators, build_generators
+from cyclegan_fast.models.reference import (
+    InstanceNorm,
     PatchDiscriminator,
     PixelDiscriminator,
     ResnetGenerator,
-    build_discriminators,
-    build_generators,
+    SameConv2d,
+    SameConvTranspose2d,
+    _reflect_by_copies,
 )
-from cyclegan_fast.models.reference import InstanceNorm, SameConv2d, SameConvTranspose2d, _reflect_by_copies
 
 PRESETS = ["original", "keras"]
 # Two orders of float32 summation through a dozen layers of `randomised` weights, whose outputs are of order 1.

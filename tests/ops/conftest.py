@@ -1,4 +1,8 @@
-"""Tests of fused operations: Triton's interpreter where there is no GPU, and memory that is never clean by chance."""
+"""Tests of fused operations: Triton's interpreter where there is no GPU, and memory that is never clean by chance.
+
+The interpreter refuses what a kernel reads or writes outside the tensors it was given, as compute-sanitizer does on a
+GPU: it would otherwise read the memory of another tensor, or nothing wrong at all where memory happens to be mapped.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +47,48 @@ def _mend_interpreter() -> None:
     interpreter._convert_float = mended
 
 
+def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """First and one past the last byte of memory of a tensor."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def _guard_memory() -> None:
+    """Let the interpreter check every access against the memory of the tensors that the launch was given."""
+    from triton.runtime import interpreter
+
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    load, store, launch = builder.create_masked_load, builder.create_masked_store, executor.__call__
+    allowed: list[tuple[int, int]] = []
+
+    def check(pointers: Any, mask: Any) -> None:
+        addresses = np.asarray(pointers.data)[np.asarray(mask.data, dtype=bool)]
+        if not addresses.size:
+            return
+        low, high = int(addresses.min()), int(addresses.max()) + pointers.get_element_ty().primitive_bitwidth // 8
+        if not any(begin <= low and high <= end for begin, end in allowed):
+            raise IndexError(f"an access to [{low:#x}, {high:#x}) outside the launch's tensors")
+
+    def guarded_load(self: Any, pointers: Any, mask: Any, *rest: Any, **options: Any) -> Any:
+        check(pointers, mask)
+        return load(self, pointers, mask, *rest, **options)
+
+    def guarded_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **options: Any) -> Any:
+        check(pointers, mask)
+        return store(self, pointers, value, mask, *rest, **options)
+
+    def guarded_launch(self: Any, *arguments: Any, **options: Any) -> Any:
+        given = [getattr(argument, "base", argument) for argument in (*arguments, *options.values())]  # descriptors'
+        allowed[:] = [_extent(tensor) for tensor in given if isinstance(tensor, torch.Tensor) and tensor.numel()]
+        return launch(self, *arguments, **options)
+
+    builder.create_masked_load, builder.create_masked_store = guarded_load, guarded_store
+    executor.__call__ = guarded_launch
+
+
 if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
     _mend_interpreter()
+    _guard_memory()
 
 
 @pytest.fixture(autouse=True)

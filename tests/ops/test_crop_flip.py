@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cyclegan_fast.data import augment
 from cyclegan_fast.ops import _native, _verify
 from cyclegan_fast.ops._launch import HAS_TRITON, INTERPRETED
 from cyclegan_fast.ops.crop_flip import _MOST_VALUES, crop_flip, crop_flip_ref
@@ -88,13 +87,13 @@ def test_same_bits_as_a_naive_loop(shape: Shape, n: int, impl: str, device: str)
 
 @settings(max_examples=25, deadline=None)
 @given(st.data())
-def test_same_bits_as_the_loaders_own(data: st.DataObject) -> None:
+def test_same_bits_as_the_definition(data: st.DataObject) -> None:
     pictures, n = data.draw(st.integers(1, 4)), data.draw(st.integers(0, 3))
     height, width = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 12))
     size = (data.draw(st.integers(1, height)), data.draw(st.integers(1, width)))
     arguments = drawn(pictures, height, width, data.draw(st.integers(1, 4)), size, n, data.draw(st.integers(0, 99)))
     store, index, y, x, flip, _ = arguments
-    expected = augment.crop_flip(store, y, x, flip, size, index)
+    expected = crop_flip_ref(store, index, y, x, flip, size)
     for impl in IMPLS:
         result = crop_flip(*arguments, impl=impl)
         assert torch.equal(result, expected)
@@ -152,6 +151,16 @@ def test_compiles_as_one_graph(impl: str) -> None:
     assert result.stride() == step(*tensors).stride()
 
 
+def test_no_value_is_read_on_the_host() -> None:
+    """On any device but the CPU: tensors without values go through checks and reference."""
+    *tensors, size = drawn(3, 9, 7, 3, (4, 5), 2)
+    store, index, y, x, flip = (tensor.to("meta") for tensor in tensors)
+    module = importlib.import_module("cyclegan_fast.ops.crop_flip")
+    module._check(store, index, y, x, flip, size)
+    module._check_values(store, index, y, x, size)
+    assert crop_flip_ref(store, index, y, x, flip, size).shape == (2, 3, 4, 5)
+
+
 def test_vmap_is_refused_clearly() -> None:
     *tensors, size = drawn(3, 9, 7, 3, (4, 5), 2)
     repeated = [tensor.expand(2, *tensor.shape) for tensor in tensors]
@@ -177,6 +186,8 @@ def test_wrong_arguments_are_refused() -> None:
         crop_flip(store, index, y, x, flip, (7, 7))
     with pytest.raises(ValueError, match=r"size = \(0, 4\) does not fit"):
         crop_flip(store, index, y, x, flip, (0, 4))
+    with pytest.raises(ValueError, match=r"size = \(4, 4, 3\) is not \(height, width\)"):
+        crop_flip(store, index, y, x, flip, (4, 4, 3))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="impl = 'fastest' is not known"):
         crop_flip(store, index, y, x, flip, (4, 4), impl="fastest")
 

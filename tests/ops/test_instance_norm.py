@@ -478,8 +478,8 @@ def test_what_auto_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for good, expected in ((True, "triton"), (False, "reference")):
         monkeypatch.setattr(_verify, "verified", lambda *_, good=good: good)
-        assert _launch._choose("op", CUDA, both) == expected
-    assert _launch._choose("op", torch.device("mps"), both) == "reference"
+        assert _launch.default_impl("op", CUDA, both) == expected
+    assert _launch.default_impl("op", torch.device("mps"), both) == "reference"
 
 
 @needs_native

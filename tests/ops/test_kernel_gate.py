@@ -33,14 +33,18 @@ def gate() -> ModuleType:
 
 
 @pytest.mark.slow
-def test_a_planted_spill_fails(tmp_path: Path) -> None:
+def test_planted_faults_are_found(tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, GATE, "--module", "planted_spill", "--arch", "80,90"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "FAULT: planted spill on sm_80: spills registers" in done.stdout
     assert "FAULT: planted spill on sm_90: uses" in done.stdout
-    assert "2 kernels" in done.stdout
+    assert "FAULT: planted shared memory on sm_80: needs 262144 bytes of shared memory of 166912" in done.stdout
+    assert "FAULT: planted shared memory on sm_90: needs" in done.stdout
+    assert "FAULT: planted plain product on sm_80: has no tensor-core instruction HMMA" in done.stdout
+    assert "FAULT: planted plain product on sm_90: has no tensor-core instruction HGMMA" in done.stdout
+    assert "6 kernels" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -125,6 +129,27 @@ def test_the_hint_of_a_signature_becomes_what_a_launch_would_find_out(gate: Modu
     types, attributes = gate._specialise(Function, signature, {"C": 3, "nothing": None})
     assert types == {"x": "*bf16", "odd": "*bf16", "n": "i32", "pitch": "i32", "C": "constexpr", "nothing": "constexpr"}
     assert attributes == {(0,): [["tt.divisibility", 16]], (3,): [["tt.divisibility", 16]]}
+
+
+def test_a_row_stands_for_all_architectures_with_the_same_numbers(gate: ModuleType) -> None:
+    result = gate.Result(4, 64, 2048, 0, 0, 0, {"HMMA": 4}, {"16": 2}, {"4": 1})
+    cases = [gate.Case("module", 0, "kernel", arch, True, str(arch)) for arch in (80, 86, 90)]
+    rows = gate.render(cases, {"80": result, "86": replace(result, registers=65), "90": result}).splitlines()[2:]
+    assert rows[0] == "| kernel | 80, 90 | 4 | 64 | 2.0 | 0 | 0 | HMMA × 4 | 16 × 2 | 4 × 1 |"
+    assert len(rows) == 2
+
+
+def test_a_kept_result_depends_on_all_that_a_kernel_calls(gate: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("cyclegan_fast.ops._reflect_conv_triton")
+    gate._sources.cache_clear()
+    before = gate._sources(module._thin_in_kernel)
+    gate._sources.cache_clear()
+    assert gate._sources(module._thin_in_kernel) == before
+    borders = importlib.import_module("cyclegan_fast.ops._border_triton")
+    monkeypatch.setitem(module._gather_thin.__globals__, "reflected", borders._source)
+    gate._sources.cache_clear()
+    assert gate._sources(module._thin_in_kernel) != before
+    assert gate._sources(module._thin_weight_grad_kernel) != before
 
 
 def test_every_kernel_has_a_case() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import pytest
 import torch
@@ -175,6 +177,9 @@ def test_the_result_is_new_memory_and_detached() -> None:
         assert result.data_ptr() != images.data_ptr()
 
 
+EIGHT_BITS = torch.zeros(2, 2, 3, 3).to(torch.float8_e4m3fn)
+
+
 def arguments(**changed: Tensor) -> dict[str, Tensor]:
     usual = {
         "images": numbered(0, 2),
@@ -245,6 +250,15 @@ def test_a_captured_graph_fills_the_pool_and_goes_on_exchanging() -> None:
         assert numbers(result) == numbers(pool.exchange(numbered(seen, 2), accept, slot))
 
 
+def test_no_value_is_read_on_the_host() -> None:
+    """On any device but the CPU: tensors without values go through checks and reference."""
+    tensors = [tensor.to("meta") for tensor in arguments().values()]
+    module = importlib.import_module("cyclegan_fast.ops.image_pool")
+    module._check(*tensors)
+    module._check_values(*tensors[1:])
+    assert module.pool_exchange_ref(*tensors).shape == tensors[0].shape
+
+
 def test_vmap_is_refused_clearly() -> None:
     repeated = [tensor.expand(2, *tensor.shape) for tensor in arguments().values()]
     with pytest.raises(NotImplementedError, match="pool_exchange cannot be used under"):
@@ -258,6 +272,8 @@ def test_vmap_is_refused_clearly() -> None:
         ({"buffer": torch.zeros(3, 2, 3, 4)}, r"buffer \[3, 2, 3, 4\] are not"),
         ({"buffer": torch.zeros(3, 2, 3, 3, dtype=torch.bfloat16)}, "must have one floating dtype"),
         ({"images": torch.zeros(2, 2, 3, 3).int()}, "must have one floating dtype"),
+        ({"images": EIGHT_BITS, "buffer": EIGHT_BITS}, "must have one floating dtype"),
+        ({"buffer": torch.zeros(3, 2, 3, 3).requires_grad_()}, "must not require a gradient"),
         ({"buffer": torch.zeros(3, 2, 3, 3).to(memory_format=LAST)}, "dense and in one memory order"),
         ({"images": torch.zeros(2, 2, 3, 6)[..., ::2], "buffer": torch.zeros(3, 2, 3, 6)[..., ::2]}, "dense"),
         ({"buffer": torch.zeros(1, 2, 3, 3).expand(3, 2, 3, 3)}, "dense"),

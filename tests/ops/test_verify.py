@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import threading
 import warnings
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cyclegan_fast.ops import _verify
+from cyclegan_fast.ops import _launch, _verify
 
 CPU = torch.device("cpu")
 
@@ -221,3 +222,35 @@ def test_while_a_graph_is_captured_the_unknown_is_refused_but_not_remembered(cap
     another_process()
     capturing[0] = True
     assert _verify.verified("op", "fast", device)  # it was kept
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_auto_on_a_gpu_is_the_kernel_or_loudly_the_reference(
+    good: bool, capturing: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the choice of an op down to a check that fails, with a device that says cuda."""
+    capturing[0] = False
+    monkeypatch.setattr(_launch, "HAS_TRITON", True)
+    row = _verify.Row("op", "triton", "cuda:0", good, "AssertionError: 3 of 7 values differ")
+    monkeypatch.setattr(_verify, "_run", lambda *_: row)
+    _verify.register_check("op", "triton", lambda _: None)
+    device, available = torch.device("cuda", 0), {"triton": True}
+    if good:
+        assert _launch.default_impl("op", device, available) == "triton"
+        return
+    with pytest.warns(
+        _verify.UnverifiedWarning, match=r"op: implementation 'triton' is not used.*3 of 7 values differ"
+    ):
+        assert _launch.default_impl("op", device, available) == "reference"
+    assert _launch.default_impl("op", device, {"triton": False}) == "reference"
+
+
+@pytest.mark.skipif(not _launch.INTERPRETED, reason="needs Triton's interpreter")
+def test_a_wrong_kernel_of_an_op_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The op's own check, and its own kernel with one wrong bit."""
+    module = importlib.import_module("cyclegan_fast.ops.crop_flip")
+    right = module._crop_flip_triton
+    monkeypatch.setattr(module, "_crop_flip_triton", lambda *arguments: right(*arguments).nextafter(torch.tensor(2.0)))
+    _verify.register_check("crop_flip", "triton", lambda device: module._matches_reference(device, "triton"))
+    with pytest.warns(_verify.UnverifiedWarning, match=r"crop_flip: implementation 'triton'.*values differ"):
+        assert not _verify.verified("crop_flip", "triton", CPU)

@@ -17,7 +17,7 @@ from cyclegan_fast.training import checkpoint as ckpt
 
 def content(step: int = 1) -> dict[str, Any]:
     weight = torch.randn(6, 4, 3, 3).to(memory_format=torch.channels_last)
-    state = {"w": weight, "b": torch.arange(3)}
+    state = {"w": weight, "b": torch.arange(3.0)}
     return {"config": {"name": "x"}, "G_A": state, "G_B": state, "position": {"step": step}, "best": float("inf")}
 
 

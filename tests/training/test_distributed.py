@@ -43,7 +43,11 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overrides", [(), ("training.accumulate=2", "loss.gan=wgangp")], ids=["plain", "accumulate"])
+@pytest.mark.parametrize(
+    "overrides",
+    [(), ("training.accumulate=2", "loss.gan=wgangp"), ("training.mode=graph", "data.resident=never")],
+    ids=["plain", "accumulate", "static-memory"],
+)
 def test_two_processes_are_one_with_twice_the_batch(tiny: Tiny, overrides: tuple[str, ...]) -> None:
     """Losses to 1e-5 in float32, and weights and pools, over steps in which the pools fill and exchange.
 
@@ -67,7 +71,8 @@ def test_two_processes_are_one_with_twice_the_batch(tiny: Tiny, overrides: tuple
     for single, double in zip(losses(one), losses(two.run_dir), strict=True):
         for name, value in single.items():
             rel = 1e-2 if name.startswith("grad_") else 1e-5
-            assert double[name] == pytest.approx(value, rel=rel, abs=1e-6), (single["step"], name)
+            # Scores are means of numbers of both signs, about 1 in size: 1e-5 of that, as of the losses.
+            assert double[name] == pytest.approx(value, rel=rel, abs=1e-5), (single["step"], name)
     states = [ckpt.read_checkpoint(ckpt.find_checkpoint(run)) for run in (one, two.run_dir)]
     for network in ("G_A", "G_B", "D_A", "D_B"):
         torch.testing.assert_close(states[0][network], states[1][network], rtol=0, atol=1e-5)

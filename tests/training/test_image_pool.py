@@ -106,6 +106,30 @@ def test_dtype_and_memory_format_are_kept(dtype: torch.dtype) -> None:
     assert pool.state_dict()["images"].is_contiguous(memory_format=torch.channels_last)
 
 
+def test_buffer_and_counter_stay_where_they_are() -> None:
+    """A recorded CUDA graph goes on reading and writing them there."""
+    pool = ImagePool(2)
+    pool.exchange(numbered(0, 1), np.array([0.9]), np.array([0]))
+    assert pool._buffer is not None
+    addresses = pool._buffer.data_ptr(), pool._offered.data_ptr()
+    for first in range(1, 8):
+        assert pool.count == min(first, 2)
+        pool.exchange(numbered(first, 1), np.array([0.1]), np.array([first % 2]))
+        assert (pool._buffer.data_ptr(), pool._offered.data_ptr()) == addresses
+
+
+def test_a_resumed_pool_takes_the_dtype_and_memory_order_of_what_comes() -> None:
+    pool, resumed = ImagePool(2), ImagePool(2)
+    pool.exchange(numbered(1, 2), np.ones(2), np.zeros(2, np.int64))
+    resumed.load_state_dict(pool.state_dict())
+    images = numbered(7, 1).bfloat16().to(memory_format=torch.channels_last)
+    result = resumed.exchange(images, np.array([0.1]), np.array([1]))
+    assert result.dtype == torch.bfloat16
+    assert result.stride() == images.stride()
+    assert numbers(result.float()) == [2]
+    assert numbers(resumed.state_dict()["images"].float()) == [1, 7]
+
+
 def test_pictures_of_several_sizes() -> None:
     rng = np.random.default_rng(1)
     pool, naive = ImagePool(3), NaivePool(3)

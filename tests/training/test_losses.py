@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cyclegan_fast.models import PatchDiscriminator
+from cyclegan_fast.models.reference import PatchDiscriminator
 from cyclegan_fast.training.losses import GANLoss, gradient_penalty
 
 # One picture with a 2x2 map of logits for each side.

@@ -1,0 +1,64 @@
+"""The benchmarks run, at toy sizes: what they write has what the documents need."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+def run(script: Path, folder: Path, *options: str) -> tuple[dict[str, Any], str, str]:
+    """Its JSON, its Markdown, and what it said."""
+    out, markdown = folder / "out.json", folder / "deeper" / "out.md"
+    command = [sys.executable, script, "--small", "--out", out, "--markdown", markdown, "--rounds", "2", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text()), markdown.read_text(), done.stderr
+
+
+def test_step(bench: Path, tmp_path: Path) -> None:
+    options = ("--match", "^.a. de-facto fp32 eager|^ours fp32 eager", "--batch", "2", "--identity", "0")
+    content, markdown, said = run(bench / "step.py", tmp_path, *options)
+    assert content["provenance"]["torch"]
+    small = {"ngf": 8, "ndf": 8, "blocks": 2, "layers": 2}
+    assert content["task"] == {"batch": 2, "size": 64, "identity": 0.0, **small}
+    (group,) = content["batches"]
+    assert group["flop"] > 0
+    rows = {row["name"]: row for row in group["rows"]}
+    assert set(rows) == {"(a) de-facto fp32 eager", "ours fp32 eager"}
+    for row in rows.values():
+        assert row["error"] == ""
+        assert row["ms"] > 0
+        assert len(row["seconds"]) == 2
+        assert row["profile"]["kernels"] > 100
+    assert "| ours fp32 eager |" in markdown
+    assert "× (a)" in markdown
+    assert "| 1.00 |" in markdown  # (a) against itself
+    assert "## A step of ours fp32 eager, batch 2" in markdown
+    assert "building" in said
+
+
+def test_step_lists_what_there_was_no_time_for(bench: Path, tmp_path: Path) -> None:
+    content, markdown, _ = run(bench / "step.py", tmp_path, "--seconds", "0")
+    (group,) = content["batches"]
+    assert len(group["rows"]) >= 6
+    assert all(row["error"] == "not run: out of time" for row in group["rows"])
+    assert "* ours fp32 eager: not run: out of time" in markdown
+
+
+def test_translate(bench: Path, tmp_path: Path) -> None:
+    options = ("--match", "^.a. de-facto fp32 eager|^ours fp32 (eager|translator)")
+    content, markdown, _ = run(bench / "translate.py", tmp_path, *options)
+    (group,) = content["sizes"]
+    assert (group["height"], group["width"]) == (64, 64)
+    assert group["flop"] > 0
+    assert {row["name"] for row in group["rows"] if row["ms"]} == {
+        *("(a) de-facto fp32 eager", "ours fp32 eager", "ours fp32 translator"),
+    }
+    assert "## A translation by ours fp32" in markdown
