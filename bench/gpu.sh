@@ -152,6 +152,7 @@ export OUT WORK PYTHON ARCHS
 "$PYTHON" bench/provenance.py | tee "$OUT/provenance.json"
 part "build of csrc" 100 bash -c build
 part "every op against its reference" 40 bash -c verified
+part "matrix and copy rates" 20 "$PYTHON" -m cyclegan_fast doctor --measure cuda
 summary
 rm -f "$OUT/tests.log"
 if [ "${PAPER:-0}" = 1 ]; then
