@@ -105,6 +105,31 @@ def profile_table(result: Result) -> list[str]:
     return lines
 
 
+@dataclass(frozen=True)
+class Section:
+    """The results of one task: what stands above its table, what its JSON says beside the rows, and the columns."""
+
+    title: str
+    facts: dict[str, Any]
+    columns: Sequence[Column]
+    results: Sequence[Result]
+    call: str  # above the profile of the first of ours that has one: "A step", "A translation"
+
+    def as_json(self) -> dict[str, Any]:
+        return {**self.facts, "rows": [as_json(result) for result in self.results]}
+
+    def table(self) -> list[str]:
+        """Markdown, with its heading."""
+        return [f"## {self.title}", "", *markdown_table(self.columns, self.results), ""]
+
+    def profile(self) -> list[str]:
+        """Where the time of ours goes, in Markdown; empty where there is no profile."""
+        for result in self.results:
+            if result.role == "ours" and result.profile is not None:
+                return [f"## {self.call} of {result.name}, {self.title.lower()}", "", *profile_table(result), ""]
+        return []
+
+
 def as_json(result: Result) -> dict[str, Any]:
     """Everything that was measured, and what follows from it."""
     return {**asdict(result), "ms": result.ms, "spread": result.spread}
@@ -115,6 +140,24 @@ def write(path: Path | None, text: str) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
+
+
+def report(
+    explanation: str,
+    rates: str,
+    sections: Sequence[Section],
+    content: dict[str, Any],
+    out: Path | None,
+    markdown: Path | None,
+) -> str:
+    """Write `content` and the tables; `rates` says what the machine reached in this run. Returns the tables' text."""
+    lines = [explanation, ""]
+    if rates:
+        lines += [f"Measured in this run: {rates}.", ""]
+    lines += [line for section in sections for line in section.table()]
+    lines += [line for section in sections for line in section.profile()]
+    write_both(out, markdown, content, lines)
+    return "\n".join(lines)
 
 
 def write_both(out: Path | None, markdown: Path | None, content: dict[str, Any], lines: Sequence[str]) -> None:

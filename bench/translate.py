@@ -39,13 +39,11 @@ from rounds import Contestant, Field, NotHereError, Result, add_options, cores, 
 from tables import (
     Baseline,
     Column,
-    as_json,
+    Section,
     common_columns,
-    markdown_table,
     profile_columns,
-    profile_table,
     rate_columns,
-    write_both,
+    report,
 )
 from torch import Tensor
 
@@ -289,23 +287,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _write(options: argparse.Namespace, content: dict[str, Any], fields: Sequence[tuple[Task, Field]]) -> str:
-    content["sizes"] = []
-    lines = [_EXPLANATION, ""]
-    if rates := content["rates"]:
-        lines += ["Measured in this run: " + cost_model.rates_as_text(rates) + ".", ""]
-    profiles: list[str] = []
-    for task, field in fields:
-        rows = [as_json(result) for result in field.results]
-        content["sizes"].append({**vars(task), "flop": task.flop(), "rows": rows})
-        name = f"{task.width}x{task.height}"
-        lines += [f"## {name}", "", *markdown_table(_columns(task, field.results, rates), field.results), ""]
-        for result in field.results:
-            if result.role == "ours" and result.profile is not None:
-                profiles += [f"## A translation by {result.name}, {name}", "", *profile_table(result), ""]
-                break
-    lines += profiles
-    write_both(options.out, options.markdown, content, lines)
-    return "\n".join(lines)
+    rates = content["rates"]
+    sections = [
+        Section(
+            f"{task.width}x{task.height}",
+            {**vars(task), "flop": task.flop()},
+            _columns(task, field.results, rates),
+            field.results,
+            "A translation",
+        )
+        for task, field in fields
+    ]
+    content["sizes"] = [section.as_json() for section in sections]
+    spoken = cost_model.rates_as_text(rates) if rates else ""
+    return report(_EXPLANATION, spoken, sections, content, options.out, options.markdown)
 
 
 _EXPLANATION = (

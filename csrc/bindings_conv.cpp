@@ -2,14 +2,10 @@
 
 #include "checks.h"
 #include "conv_cpu.h"
+#include "parallel.h"
 
 namespace cyclegan {
 namespace {
-
-void torch_parallel(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
-  torch::stable::parallel_for(begin, end, grain,
-                              [&](int64_t first, int64_t last) { body(first, last, context); });
-}
 
 void check_float(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.dim() == 4, name, " must be float32 with 4 dimensions");

@@ -1,16 +1,12 @@
 // Registers the operations with torch, and their CPU kernels. cyclegan_fast/ops calls them as
 // torch.ops.cyclegan_fast_native.*.
 
-#include "checks.h"
 #include "crop_flip_cpu.h"
+#include "instance_norm_bindings.h"
+#include "parallel.h"
 
 namespace cyclegan {
 namespace {
-
-void torch_parallel(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
-  torch::stable::parallel_for(begin, end, grain,
-                              [&](int64_t first, int64_t last) { body(first, last, context); });
-}
 
 DType dtype_of(const Tensor& x) {
   const ScalarType type = x.scalar_type();
@@ -22,27 +18,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const std::optional<
                                            const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
                                            double eps, int64_t activation, double slope, int64_t pad) {
   check_x(x);
-  ForwardProblem problem{};
-  problem.shape = shape_of(x, pad);
-  problem.dtype = dtype_of(x);
-  problem.activation = activation_of(activation);
-  problem.slope = static_cast<float>(slope);
-  problem.eps = eps;
-  const Shape& s = problem.shape;
-  Tensor y = empty_channels_last(x, s.n, s.c, s.padded_h(), s.padded_w());
-  Tensor mean = empty_floats(x, {s.n, s.c}), rstd = empty_floats(x, {s.n, s.c});
-  problem.x = x.const_data_ptr();
-  if (residual.has_value()) {
-    problem.residual_pitch = check_residual(*residual, x);
-    problem.residual = residual->const_data_ptr();
-  }
-  problem.weight = floats(weight, x, s.c, "weight");
-  problem.bias = floats(bias, x, s.c, "bias");
-  problem.y = y.mutable_data_ptr();
-  problem.mean = static_cast<float*>(mean.mutable_data_ptr());
-  problem.rstd = static_cast<float*>(rstd.mutable_data_ptr());
-  if (s.n > 0) instance_norm_forward(problem, torch_parallel);
-  return {y, mean, rstd};
+  Forward call(x, dtype_of(x), weight, bias, residual, eps, activation, slope, pad);
+  if (call.problem.shape.n > 0) instance_norm_forward(call.problem, torch_parallel);
+  return call.results();
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y, const Tensor& x, const Tensor& mean,
@@ -50,31 +28,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y, const 
                                                     const std::optional<Tensor>& bias, int64_t activation, double slope,
                                                     int64_t pad, bool need_residual) {
   check_x(x);
-  BackwardProblem problem{};
-  problem.shape = shape_of(x, pad);
-  problem.dtype = dtype_of(x);
-  problem.activation = activation_of(activation);
-  problem.slope = static_cast<float>(slope);
-  const Shape& s = problem.shape;
-  const Tensor grad = check_grad_y(grad_y, x, s);
-  Tensor grad_x = empty_channels_last(x, s.n, s.c, s.h, s.w);
-  Tensor grad_residual = need_residual ? empty_channels_last(x, s.n, s.c, s.h, s.w) : empty_floats(x, {0});
-  const int64_t affine = weight.has_value() ? s.c : 0;
-  Tensor grad_weight = empty_floats(x, {affine}), grad_bias = empty_floats(x, {affine});
-  problem.grad_y = grad.const_data_ptr();
-  problem.x = x.const_data_ptr();
-  problem.mean = floats(mean, x, s.n * s.c, "mean");
-  problem.rstd = floats(rstd, x, s.n * s.c, "rstd");
-  problem.weight = floats(weight, x, s.c, "weight");
-  problem.bias = floats(bias, x, s.c, "bias");
-  problem.grad_x = grad_x.mutable_data_ptr();
-  if (need_residual) problem.grad_residual = grad_residual.mutable_data_ptr();
-  if (affine > 0) {
-    problem.grad_weight = static_cast<float*>(grad_weight.mutable_data_ptr());
-    problem.grad_bias = static_cast<float*>(grad_bias.mutable_data_ptr());
-  }
-  instance_norm_backward(problem, torch_parallel);
-  return {grad_x, grad_residual, grad_weight, grad_bias};
+  Backward call(grad_y, x, dtype_of(x), mean, rstd, weight, bias, activation, slope, pad, need_residual);
+  instance_norm_backward(call.problem, torch_parallel);
+  return call.results();
 }
 
 Tensor crop_flip_cpu(const Tensor& store, const Tensor& index, const Tensor& y, const Tensor& x, const Tensor& flip,

@@ -1,7 +1,7 @@
 // The CUDA kernels of the operations that bindings_cpu.cpp defines. Compiles against a torch without CUDA, and loads
 // into one.
 
-#include "checks.h"
+#include "instance_norm_bindings.h"
 #include "instance_norm_cuda.h"
 
 // Found at load time where torch has CUDA, null elsewhere.
@@ -36,31 +36,13 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const std::optional<
                                            double eps, int64_t activation, double slope, int64_t pad) {
   check_x(x);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  ForwardProblem problem{};
-  problem.shape = shape_of(x, pad);
-  problem.dtype = dtype_of(x);
-  problem.activation = activation_of(activation);
-  problem.slope = static_cast<float>(slope);
-  problem.eps = eps;
-  const Shape& s = problem.shape;
-  Tensor y = empty_channels_last(x, s.n, s.c, s.padded_h(), s.padded_w());
-  Tensor mean = empty_floats(x, {s.n, s.c}), rstd = empty_floats(x, {s.n, s.c});
-  problem.x = x.const_data_ptr();
-  if (residual.has_value()) {
-    problem.residual_pitch = check_residual(*residual, x);
-    problem.residual = residual->const_data_ptr();
-  }
-  problem.weight = floats(weight, x, s.c, "weight");
-  problem.bias = floats(bias, x, s.c, "bias");
-  problem.y = y.mutable_data_ptr();
-  problem.mean = static_cast<float*>(mean.mutable_data_ptr());
-  problem.rstd = static_cast<float*>(rstd.mutable_data_ptr());
-  if (s.n == 0) return {y, mean, rstd};
-  Tensor workspace = workspace_for(x, s);
+  Forward call(x, dtype_of(x), weight, bias, residual, eps, activation, slope, pad);
+  if (call.problem.shape.n == 0) return call.results();
+  Tensor workspace = workspace_for(x, call.problem.shape);
   const char* error = instance_norm_forward_cuda(
-      problem, chosen_path, static_cast<float*>(workspace.mutable_data_ptr()), current_stream(x));
+      call.problem, chosen_path, static_cast<float*>(workspace.mutable_data_ptr()), current_stream(x));
   STD_TORCH_CHECK(error == nullptr, "instance_norm on CUDA: ", error);
-  return {y, mean, rstd};
+  return call.results();
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y, const Tensor& x, const Tensor& mean,
@@ -69,39 +51,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y, const 
                                                     int64_t pad, bool need_residual) {
   check_x(x);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  BackwardProblem problem{};
-  problem.shape = shape_of(x, pad);
-  problem.dtype = dtype_of(x);
-  problem.activation = activation_of(activation);
-  problem.slope = static_cast<float>(slope);
-  const Shape& s = problem.shape;
-  const Tensor grad = check_grad_y(grad_y, x, s);
-  Tensor grad_x = empty_channels_last(x, s.n, s.c, s.h, s.w);
-  Tensor grad_residual = need_residual ? empty_channels_last(x, s.n, s.c, s.h, s.w) : empty_floats(x, {0});
-  const int64_t affine = weight.has_value() ? s.c : 0;
-  Tensor grad_weight = empty_floats(x, {affine}), grad_bias = empty_floats(x, {affine});
-  problem.grad_y = grad.const_data_ptr();
-  problem.x = x.const_data_ptr();
-  problem.mean = floats(mean, x, s.n * s.c, "mean");
-  problem.rstd = floats(rstd, x, s.n * s.c, "rstd");
-  problem.weight = floats(weight, x, s.c, "weight");
-  problem.bias = floats(bias, x, s.c, "bias");
-  problem.grad_x = grad_x.mutable_data_ptr();
-  if (need_residual) problem.grad_residual = grad_residual.mutable_data_ptr();
-  if (affine > 0) {
-    problem.grad_weight = static_cast<float*>(grad_weight.mutable_data_ptr());
-    problem.grad_bias = static_cast<float*>(grad_bias.mutable_data_ptr());
+  Backward call(grad_y, x, dtype_of(x), mean, rstd, weight, bias, activation, slope, pad, need_residual);
+  if (call.problem.shape.n == 0) {
+    torch::stable::zero_(call.grad_weight);
+    torch::stable::zero_(call.grad_bias);
+    return call.results();
   }
-  if (s.n == 0) {
-    torch::stable::zero_(grad_weight);
-    torch::stable::zero_(grad_bias);
-    return {grad_x, grad_residual, grad_weight, grad_bias};
-  }
-  Tensor workspace = workspace_for(x, s);
+  Tensor workspace = workspace_for(x, call.problem.shape);
   const char* error = instance_norm_backward_cuda(
-      problem, chosen_path, static_cast<float*>(workspace.mutable_data_ptr()), current_stream(x));
+      call.problem, chosen_path, static_cast<float*>(workspace.mutable_data_ptr()), current_stream(x));
   STD_TORCH_CHECK(error == nullptr, "instance_norm on CUDA: ", error);
-  return {grad_x, grad_residual, grad_weight, grad_bias};
+  return call.results();
 }
 
 int64_t set_cuda_path(int64_t path) {

@@ -6,43 +6,16 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <thread>
 #include <vector>
 
 #include "../crop_flip_cpu.h"
-#include "../geometry.h"
 #include "../instance_norm_cpu.h"
 #include "../instance_norm_cuda.h"
+#include "driver.h"
 
 namespace {
 
 using namespace cyclegan;
-
-int threads = 1;
-int failures = 0;
-
-void expect(bool condition, const char* what, int64_t detail) {
-  if (condition) return;
-  std::fprintf(stderr, "failed: %s (%lld)\n", what, static_cast<long long>(detail));
-  ++failures;
-}
-
-void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
-  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, (end - begin) / std::max<int64_t>(1, grain)));
-  std::vector<std::thread> workers;
-  for (int64_t i = 0; i < parts; ++i) {
-    workers.emplace_back(body, begin + part_begin(i, parts, end - begin), begin + part_begin(i + 1, parts, end - begin),
-                         context);
-  }
-  for (std::thread& worker : workers) worker.join();
-}
-
-uint32_t random_state = 1;
-
-float random_float() {
-  random_state = random_state * 1664525u + 1013904223u;
-  return static_cast<float>(random_state >> 8) / 8388608.0f - 1.0f;
-}
 
 uint16_t to_bfloat16(float value) {
   uint32_t bits;

@@ -10,24 +10,22 @@ kernel (csrc/conv_cpu.cpp) sorts a few rows into panels and multiplies those, ta
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cyclegan_fast.ops import _native
 from cyclegan_fast.ops._launch import refuse_transforms, resolve_impl
-from cyclegan_fast.ops.reflect_conv import exact_strides
+from cyclegan_fast.ops._layout import empty_channels_last, exact_channels_last
+from cyclegan_fast.ops._register import cpu_capability, refuse_derivative, refuse_vmap, register_autocast
+from cyclegan_fast.ops.reflect_conv import check_kinds
 
 __all__ = ["MEASURED_ON_CPU", "conv2d", "conv_transpose2d"]
 
 # torch's name for the CPU's instruction set -> the least channels of the layer's narrower side from which the compiled
 # weight gradient is faster than the library's, in float32 and channels-last; csrc/README.md has the times.
 MEASURED_ON_CPU: dict[str, int] = {"AVX2": 64}
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _library(
@@ -53,7 +51,7 @@ def _forward(
     impl: str,
 ) -> Tensor:
     resolve_impl("conv2d", impl, x, {"native": _runs_natively(x)})
-    return exact_strides(_library(x, weight, bias, stride, padding, output_padding, transposed))
+    return exact_channels_last(_library(x, weight, bias, stride, padding, output_padding, transposed))
 
 
 def _backward(
@@ -75,7 +73,7 @@ def _backward(
     if any(mask):
         options = ([stride] * 2, [padding] * 2, [1, 1], transposed, [output_padding] * 2, 1)
         first, second, _ = torch.ops.aten.convolution_backward(grad, x, weight, None, *options, mask)
-        grad_x = exact_strides(first) if need[0] else grad_x
+        grad_x = exact_channels_last(first) if need[0] else grad_x
         grad_weight = second if mask[1] else grad_weight
     if need[1] and native:
         grad_weight = _weight_grad(grad, x, weight, stride, padding, transposed)
@@ -122,13 +120,13 @@ def _forward_fake(*arguments: Any) -> Tensor:
     else:
         channels, sides = weight.shape[0], [(side - grow) // stride + 1 for side in sides]
     shape = (n, channels, *sides)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return empty_channels_last(x, shape)
 
 
 @torch.library.register_fake(_BACKWARD_NAME)
 def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     grad_y, x, weight, *_, need = arguments
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    grad_x = empty_channels_last(x, x.shape)
     grad_weight = torch.empty_like(weight) if need[1] else x.new_empty(0)
     return grad_x if need[0] else x.new_empty(0), grad_weight, x.new_empty(grad_y.shape[1] if need[2] else 0)
 
@@ -145,39 +143,14 @@ def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
     return (*(grad if needed else None for grad, needed in zip(grads, need, strict=True)), *(None,) * 5)
 
 
-def _no_second_gradient(*_: Any) -> None:
-    raise RuntimeError('conv2d: the kernels have no second derivative; impl="reference" has')
-
-
-def _no_vmap(*_: Any) -> None:
-    raise RuntimeError('conv2d cannot be used inside torch.func transforms: impl="reference" can')
-
-
 torch.library.register_autograd(_NAME, _gradients, setup_context=_setup_context)
-torch.library.register_autograd(_BACKWARD_NAME, _no_second_gradient)
-for _name in (_NAME, _BACKWARD_NAME):
-    torch.library.register_vmap(_name, _no_vmap)
-
-
-def _autocast(device: str) -> Callable[..., Tensor]:
-    """The op as autocast runs it: everything in the reduced dtype, by the library, as for its own convolutions."""
-
-    def cast(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None or tensor.dtype == torch.float64:
-            return tensor
-        return tensor.to(torch.get_autocast_dtype(device))
-
-    def run(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
-        with torch.autocast(device, enabled=False):
-            y: Tensor = torch.ops.cyclegan_fast.conv2d(cast(x), cast(weight), cast(bias), *options)
-        return y
-
-    return run
-
-
-_AUTOCAST = torch.library.Library("cyclegan_fast", "FRAGMENT")
-_AUTOCAST.impl("conv2d", _autocast("cpu"), "AutocastCPU")
-_AUTOCAST.impl("conv2d", _autocast("cuda"), "AutocastCUDA")
+refuse_derivative("conv2d_backward", 'conv2d: the kernels have no second derivative; impl="reference" has')
+refuse_vmap(
+    "conv2d",
+    "conv2d_backward",
+    message='conv2d cannot be used inside torch.func transforms: impl="reference" can',
+)
+register_autocast("conv2d")  # the library runs it then, as its own convolutions
 
 
 def conv2d(
@@ -251,14 +224,8 @@ def _faster_natively(x: Tensor, weight: Tensor) -> bool:
         return False
     if not x.is_contiguous(memory_format=torch.channels_last):
         return False
-    least = MEASURED_ON_CPU.get(_cpu_capability())
+    least = MEASURED_ON_CPU.get(cpu_capability())
     return least is not None and min(weight.shape[0], weight.shape[1]) >= least
-
-
-@torch.compiler.assume_constant_result
-def _cpu_capability() -> str:
-    """What torch calls this CPU's instruction set; "" where the compiled kernels are not there."""
-    return torch.backends.cpu.get_cpu_capability() if _native.available() else ""
 
 
 def _check(
@@ -284,14 +251,4 @@ def _check(
         raise ValueError(f"conv2d: nothing is left of x {tuple(x.shape)} with kernels of {size}, padding {padding}")
     if bias is not None and bias.shape != (outputs,):
         raise ValueError(f"conv2d: bias {tuple(bias.shape)} is not [{outputs}]")
-    casts = torch.is_autocast_enabled(x.device.type)
-    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
-        if tensor is None:
-            continue
-        if tensor.dtype not in _DTYPES:
-            raise ValueError(f"conv2d: {name} is {tensor.dtype}, not float32, bfloat16, float16 or float64")
-        if tensor.device != x.device or (tensor.dtype != x.dtype and not casts):
-            raise ValueError(
-                f"conv2d: {name} is {tensor.dtype} on {tensor.device}, x is {x.dtype} on {x.device}; "
-                "they must be the same"
-            )
+    check_kinds("conv2d", x, weight, bias)

@@ -14,7 +14,6 @@ PyTorch 2.13), the library alone 42 us.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from cyclegan_fast.ops._launch import HAS_TRITON, refuse_transforms, resolve_impl
 from cyclegan_fast.ops._layout import exact_channels_last
+from cyclegan_fast.ops._register import refuse_derivative, refuse_vmap, register_autocast
 from cyclegan_fast.ops._verify import register_check
 from cyclegan_fast.ops.reflect_conv import (
     check_layer,
@@ -71,7 +71,7 @@ def _flat_forward(
     eps: float,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_layer(x, weight, bias, padding)
+    check_layer(x, weight, bias, padding, op="flat_conv3x3")
     available = {"triton": kernels_for(x, weight, padding) is not None}
     if resolve_impl("flat_conv3x3", impl, x, available) == "reference":
         y, mean, rstd = flat_conv3x3_ref(x, weight, bias, padding, scale, shift, relu, eps)
@@ -110,37 +110,9 @@ def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return y, mean, torch.empty_like(mean)
 
 
-def _no_gradient(*_: Any) -> None:
-    raise RuntimeError("flat_conv3x3 has no gradient; reflect_conv2d has")
-
-
-def _no_vmap(*_: Any) -> None:
-    raise RuntimeError("flat_conv3x3 cannot be used inside torch.func transforms")
-
-
-torch.library.register_autograd(_NAME, _no_gradient)
-torch.library.register_vmap(_NAME, _no_vmap)
-
-
-def _autocast(device: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """The op as autocast runs it: the convolution in the reduced dtype, scale and shift in float32."""
-
-    def cast(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None or tensor.dtype == torch.float64:
-            return tensor
-        return tensor.to(torch.get_autocast_dtype(device))
-
-    def run(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-        arguments = cast(x), cast(weight), cast(bias), *rest
-        with torch.autocast(device, enabled=False):
-            return torch.ops.cyclegan_fast.flat_conv3x3(*arguments)  # type: ignore[no-any-return]
-
-    return run
-
-
-_AUTOCAST = torch.library.Library("cyclegan_fast", "FRAGMENT")
-_AUTOCAST.impl("flat_conv3x3", _autocast("cpu"), "AutocastCPU")
-_AUTOCAST.impl("flat_conv3x3", _autocast("cuda"), "AutocastCUDA")
+refuse_derivative("flat_conv3x3", "flat_conv3x3 has no gradient; reflect_conv2d has")
+refuse_vmap("flat_conv3x3", message="flat_conv3x3 cannot be used inside torch.func transforms")
+register_autocast("flat_conv3x3")  # scale and shift stay float32
 
 
 def flat_conv3x3(
@@ -170,7 +142,7 @@ def flat_conv3x3(
     another shape, dtype, device or layout.
     """
     refuse_transforms("flat_conv3x3")
-    check_layer(x, weight, bias, padding)
+    check_layer(x, weight, bias, padding, op="flat_conv3x3")
     if weight.shape[2] != 3 or padding > 1:
         raise ValueError(f"flat_conv3x3: a kernel of 3x3 and padding 0 or 1, not {tuple(weight.shape)} and {padding}")
     if not eps > 0:

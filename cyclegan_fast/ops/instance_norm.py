@@ -25,6 +25,7 @@ native kernels, which take 10 and 15 us of it): forward 32 us, forward and backw
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ from cyclegan_fast.ops._launch import (
     refuse_transforms,
     resolve_impl,
 )
+from cyclegan_fast.ops._layout import empty_channels_last, exact_channels_last
+from cyclegan_fast.ops._register import refuse_derivative, refuse_vmap
 from cyclegan_fast.ops._verify import register_check
 
 __all__ = ["instance_norm", "instance_norm_ref", "runs_kernels"]
@@ -202,7 +205,7 @@ def _forward(
         y, mean, rstd = torch.ops.cyclegan_fast_native.instance_norm_forward(*arguments)
         return y, mean, rstd
     y, mean, rstd = _forward_ref(*arguments)
-    return _channels_last(y), mean, rstd
+    return exact_channels_last(y), mean, rstd
 
 
 def _backward(
@@ -220,7 +223,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     chosen = _resolve(x, impl)
     # A gradient comes in any layout: dense from a convolution, expanded from a sum. Only a dense one is not copied.
-    arguments = (_channels_last(grad_y), x, mean, rstd, weight, bias, activation, negative_slope, pad)
+    arguments = (exact_channels_last(grad_y), x, mean, rstd, weight, bias, activation, negative_slope, pad)
     if chosen == "triton":
         from cyclegan_fast.ops import _instance_norm_launch
 
@@ -229,18 +232,11 @@ def _backward(
         dx, dresidual, dweight, dbias = torch.ops.cyclegan_fast_native.instance_norm_backward(*arguments, need_residual)
         return dx, dresidual, dweight, dbias
     dx, dresidual, dweight, dbias = _backward_ref(*arguments)
-    dresidual = _channels_last(dresidual, fresh=True) if need_residual else x.new_empty(0)
+    # In float64 the reference hands out grad_y itself, which an op may not.
+    dresidual = empty_channels_last(x, x.shape).copy_(dresidual) if need_residual else x.new_empty(0)
     if weight is None:
         dweight, dbias = mean.new_empty(0), mean.new_empty(0)
-    return _channels_last(dx), dresidual, dweight, dbias
-
-
-def _channels_last(x: Tensor, *, fresh: bool = False) -> Tensor:
-    """x with exactly the strides of channels_last, where it has others (or `fresh` memory is wanted) a copy."""
-    _, c, h, w = x.shape
-    if x.stride() == (h * w * c, 1, w * c, c) and not fresh:
-        return x
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last).copy_(x)
+    return exact_channels_last(dx), dresidual, dweight, dbias
 
 
 @torch.library.register_fake("cyclegan_fast::instance_norm")
@@ -248,7 +244,7 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     x, *_, pad, _ = arguments
     n, c, h, w = x.shape
     shape = (n, c, h + 2 * pad, w + 2 * pad)
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    y = empty_channels_last(x, shape)
     mean = torch.empty((n, c), dtype=_wide(x.dtype), device=x.device)
     return y, mean, torch.empty_like(mean)
 
@@ -256,66 +252,68 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 @torch.library.register_fake("cyclegan_fast::instance_norm_backward")
 def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _, x, mean, _, weight, *_, need_residual, _ = arguments
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    dx = empty_channels_last(x, x.shape)
     dresidual = torch.empty_like(dx) if need_residual else x.new_empty(0)
     dweight = mean.new_empty(0 if weight is None else x.shape[1])
     return dx, dresidual, dweight, torch.empty_like(dweight)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, bias, _, _, ctx.activation, ctx.negative_slope, ctx.pad, ctx.impl = inputs
     _, mean, rstd = output
-    ctx.save_for_backward(x, weight, bias, mean, rstd)
+    _save(ctx, inputs, mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], mean: Tensor, rstd: Tensor) -> None:
+    x, weight, bias, _, _, *ctx.options = inputs
+    ctx.save_for_backward(x, weight, bias, mean, rstd)
 
 
 def _autograd(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad_y is None:
         return (None,) * 9
     x, weight, bias, mean, rstd = ctx.saved_tensors
+    activation, negative_slope, pad, impl = ctx.options
+    need_residual = ctx.needs_input_grad[3]
     # Without padding the gradient of the residual is that of y, and is handed on without a copy.
-    fold = ctx.needs_input_grad[3] and ctx.pad > 0
+    fold = need_residual and pad > 0
     # Where nobody traces it and nobody differentiates it again, the kernel is called without the dispatcher.
     direct = is_plain(grad_y) and not torch.is_grad_enabled()
     backward = _backward if direct else torch.ops.cyclegan_fast.instance_norm_backward
     dx, dresidual, dweight, dbias = backward(
-        grad_y, x, mean, rstd, weight, bias, ctx.activation, ctx.negative_slope, ctx.pad, fold, ctx.impl
+        grad_y, x, mean, rstd, weight, bias, activation, negative_slope, pad, fold, impl
     )
     if not fold:
-        dresidual = grad_y if ctx.needs_input_grad[3] else None
+        dresidual = grad_y if need_residual else None
     if weight is None:
         dweight = dbias = None
     return dx, dweight, dbias, dresidual, None, None, None, None, None
 
 
-def _no_second_derivative(*_: Any) -> None:
-    raise RuntimeError(
-        "instance_norm: the gradient of the fused op cannot be differentiated again (create_graph=True): "
-        'impl="reference" can'
-    )
-
-
-def _no_vmap(*_: Any) -> None:
-    raise RuntimeError('instance_norm cannot be used inside torch.func transforms: impl="reference" can')
-
-
 torch.library.impl("cyclegan_fast::instance_norm", "default", _forward)
 torch.library.impl("cyclegan_fast::instance_norm_backward", "default", _backward)
 torch.library.register_autograd("cyclegan_fast::instance_norm", _autograd, setup_context=_setup_context)
-torch.library.register_autograd("cyclegan_fast::instance_norm_backward", _no_second_derivative)
-torch.library.register_vmap("cyclegan_fast::instance_norm", _no_vmap)
-torch.library.register_vmap("cyclegan_fast::instance_norm_backward", _no_vmap)
+refuse_derivative(
+    "instance_norm_backward",
+    "instance_norm: the gradient of the fused op cannot be differentiated again (create_graph=True): "
+    'impl="reference" can',
+)
+refuse_vmap(
+    "instance_norm",
+    "instance_norm_backward",
+    message='instance_norm cannot be used inside torch.func transforms: impl="reference" can',
+)
 
 
 class _Eager(torch.autograd.Function):
     """The registered op, with the same functions, for eager calls that need nothing of the dispatcher."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        output = _forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        y, mean, rstd = _forward(*inputs)
+        _save(ctx, inputs, mean, rstd)
+        return y
 
     backward = staticmethod(_autograd)
 
@@ -360,9 +358,14 @@ def instance_norm(
         )
     refuse_transforms("instance_norm")
     _check(x, weight, bias, residual, eps, pad, layout=True)
-    call = _Eager.apply if is_plain(x) else torch.ops.cyclegan_fast.instance_norm
+    arguments = (x, weight, bias, residual, eps, code, negative_slope, pad, impl)
     y: Tensor
-    y, _, _ = call(x, weight, bias, residual, eps, code, negative_slope, pad, impl)
+    if not is_plain(x):
+        y, _, _ = torch.ops.cyclegan_fast.instance_norm(*arguments)
+    elif torch.is_grad_enabled():
+        y = _Eager.apply(*arguments)
+    else:
+        y, _, _ = _forward(*arguments)
     return y
 
 
@@ -385,10 +388,10 @@ def _check(
             f"instance_norm: x of shape {list(x.shape)} has no variance: at least one sample, one channel and two "
             f"pixels, and at most {_MAX_PIXELS} pixels with padding, are needed"
         )
-    if not 0 <= pad < min(h, w):
+    if not isinstance(pad, int) or not 0 <= pad < min(h, w):
         raise ValueError(f"instance_norm: pad = {pad} does not fit {h} x {w} pixels: 0 to {min(h, w) - 1} is possible")
-    if not eps > 0:
-        raise ValueError(f"instance_norm: eps = {eps} is not allowed: a number above 0")
+    if not 0 < eps < math.inf:
+        raise ValueError(f"instance_norm: eps = {eps} is not allowed: a finite number above 0")
     if layout and not x.is_contiguous(memory_format=torch.channels_last):
         raise ValueError(
             f"instance_norm: x must be dense channels_last, but has shape {list(x.shape)} and strides "

@@ -19,15 +19,15 @@ gather; weight and bias gradients are partial sums, added in a fixed order. The 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cyclegan_fast.ops import _native
 from cyclegan_fast.ops._launch import HAS_TRITON, activation_code, refuse_transforms, resolve_impl
+from cyclegan_fast.ops._layout import empty_channels_last, exact_channels_last
+from cyclegan_fast.ops._register import cpu_capability, refuse_derivative, refuse_vmap, register_autocast
 from cyclegan_fast.ops._verify import register_check
 
 if HAS_TRITON or TYPE_CHECKING:
@@ -118,7 +118,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, activ
     if chosen == "native" and (weight.shape[2] == 3 or weight.shape[0] <= _THIN_CHANNELS):
         return _forward_native(x, weight, bias, padding, activation)
     if chosen != "triton":
-        return exact_strides(_activate(library_conv(reflect_pad(x, padding), weight, bias), activation))
+        return exact_channels_last(_activate(library_conv(reflect_pad(x, padding), weight, bias), activation))
     if kind == "flat":
         y, _, _ = flat.flat_conv(x, flat_weight(weight), bias, pad=padding, activation=activation)
         return y
@@ -169,7 +169,7 @@ def _backward(
     nothing = x.new_empty(0)
     grad_x, grad_weight, grad_bias = (nothing if g is None else g for g in grads)
     if need[0]:
-        grad_x = exact_strides(grad_x)
+        grad_x = exact_channels_last(grad_x)
     if need[1] and (chosen != "native" or grad_weight.stride() != weight.stride()):
         grad_weight = torch.empty_like(weight).copy_(grad_weight)
     # A library may hand out one tensor twice, an op may not.
@@ -262,16 +262,7 @@ def empty_result(x: Tensor, weight: Tensor, padding: int) -> Tensor:
     """Uninitialised result of the convolution."""
     grow = 2 * padding - weight.shape[2] + 1
     shape = (x.shape[0], weight.shape[0], x.shape[2] + grow, x.shape[3] + grow)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
-def exact_strides(y: Tensor) -> Tensor:
-    """y with the strides of a fresh channels-last tensor, also where a size of 1 leaves the library a choice."""
-    n, c, h, w = y.shape
-    stride = (h * w * c, 1, w * c, c)
-    if y.stride() == stride:
-        return y
-    return y.contiguous(memory_format=torch.channels_last).as_strided((n, c, h, w), stride)
+    return empty_channels_last(x, shape)
 
 
 _NAME = "cyclegan_fast::reflect_conv2d"
@@ -297,7 +288,7 @@ def _forward_fake(*arguments: Any) -> Tensor:
 @torch.library.register_fake(_BACKWARD_NAME)
 def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     _, x, weight, *_, need = arguments
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    grad_x = empty_channels_last(x, x.shape)
     grad_weight = torch.empty_like(weight) if need[1] else x.new_empty(0)
     return grad_x if need[0] else x.new_empty(0), grad_weight, weight.new_empty(weight.shape[0] if need[2] else 0)
 
@@ -316,43 +307,16 @@ def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
     return (*(grad if needed else None for grad, needed in zip(grads, need, strict=True)), None, None, None)
 
 
-def _no_second_gradient(*_: Any) -> None:
-    raise RuntimeError('reflect_conv2d: the kernels have no second derivative; impl="reference" has')
-
-
 torch.library.register_autograd(_NAME, _gradients, setup_context=_setup_context)
-torch.library.register_autograd(_BACKWARD_NAME, _no_second_gradient)
-
-
-def _no_vmap(*_: Any) -> None:
-    raise RuntimeError('reflect_conv2d cannot be used inside torch.func transforms: impl="reference" can')
-
-
-for _name in (_NAME, _BACKWARD_NAME):
-    torch.library.register_vmap(_name, _no_vmap)
-
-
-def _autocast(device: str) -> Callable[..., Tensor]:
-    """The op as autocast runs it: everything in the reduced dtype, as for the library's convolutions."""
-
-    def cast(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None or tensor.dtype == torch.float64:
-            return tensor
-        return tensor.to(torch.get_autocast_dtype(device))
-
-    def run(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, activation: int, impl: str) -> Tensor:
-        with torch.autocast(device, enabled=False):
-            y: Tensor = torch.ops.cyclegan_fast.reflect_conv2d(
-                cast(x), cast(weight), cast(bias), padding, activation, impl
-            )
-        return y
-
-    return run
-
-
-_AUTOCAST = torch.library.Library("cyclegan_fast", "FRAGMENT")
-_AUTOCAST.impl("reflect_conv2d", _autocast("cpu"), "AutocastCPU")
-_AUTOCAST.impl("reflect_conv2d", _autocast("cuda"), "AutocastCUDA")
+refuse_derivative(
+    "reflect_conv2d_backward", 'reflect_conv2d: the kernels have no second derivative; impl="reference" has'
+)
+refuse_vmap(
+    "reflect_conv2d",
+    "reflect_conv2d_backward",
+    message='reflect_conv2d cannot be used inside torch.func transforms: impl="reference" can',
+)
+register_autocast("reflect_conv2d")
 
 
 def reflect_conv2d(
@@ -407,7 +371,7 @@ def _faster_natively(x: Tensor, weight: Tensor) -> bool:
     # Under autocast the op runs in a reduced dtype, which the compiled kernels do not take.
     if not runs_natively(x) or torch.is_autocast_enabled("cpu"):
         return False
-    least = MEASURED_ON_CPU.get((_cpu_capability(), cpu_kind(weight.shape)))
+    least = MEASURED_ON_CPU.get((cpu_capability(), cpu_kind(weight.shape)))
     if least is None or x.shape[0] * x.shape[2] * x.shape[3] < _FEWEST_PIXELS:
         return False
     channels = sorted(weight.shape[:2])
@@ -420,55 +384,57 @@ def cpu_kind(weight_shape: torch.Size | tuple[int, ...]) -> str:
 
 
 @torch.compiler.assume_constant_result
-def _cpu_capability() -> str:
-    """What torch calls this CPU's instruction set; "" where the compiled kernels are not there."""
-    return torch.backends.cpu.get_cpu_capability() if _native.available() else ""
-
-
-@torch.compiler.assume_constant_result
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
-def check_layer(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, *, layout: bool = True) -> None:
-    """ValueError for arguments that do not fit together; `layout` for x that only the definition can take."""
+def check_layer(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    padding: int,
+    *,
+    layout: bool = True,
+    op: str = "reflect_conv2d",
+) -> None:
+    """ValueError, in the name of `op`, for arguments that do not fit together; `layout` for x that only the definition
+    can take."""
     if x.dim() != 4 or weight.dim() != 4:
-        raise ValueError(f"reflect_conv2d: x and weight have 4 dimensions, not {x.dim()} and {weight.dim()}")
+        raise ValueError(f"{op}: x and weight have 4 dimensions, not {x.dim()} and {weight.dim()}")
     size, channels = weight.shape[2], weight.shape[1]
     if weight.shape[3] != size or x.shape[1] != channels:
         raise ValueError(
-            f"reflect_conv2d: weight {tuple(weight.shape)} is not [K, {x.shape[1]}, size, size] as x {tuple(x.shape)} "
-            "needs"
+            f"{op}: weight {tuple(weight.shape)} is not [K, {x.shape[1]}, size, size] as x {tuple(x.shape)} needs"
         )
     if min(*x.shape, *weight.shape) < 1:
-        raise ValueError(f"reflect_conv2d: x {tuple(x.shape)} or weight {tuple(weight.shape)} is empty")
+        raise ValueError(f"{op}: x {tuple(x.shape)} or weight {tuple(weight.shape)} is empty")
     smallest = min(x.shape[2], x.shape[3])
     if not 0 <= padding < smallest or smallest + 2 * padding < size:
         raise ValueError(
-            f"reflect_conv2d: padding = {padding} is not allowed for x {tuple(x.shape)} and a kernel of {size}: it "
+            f"{op}: padding = {padding} is not allowed for x {tuple(x.shape)} and a kernel of {size}: it "
             f"must be below {smallest}, and the padded x must hold the kernel"
         )
     if bias is not None and bias.shape != (weight.shape[0],):
-        raise ValueError(f"reflect_conv2d: bias {tuple(bias.shape)} is not [{weight.shape[0]}]")
+        raise ValueError(f"{op}: bias {tuple(bias.shape)} is not [{weight.shape[0]}]")
     if layout and not x.is_contiguous(memory_format=torch.channels_last):
         raise ValueError(
-            f"reflect_conv2d: x {tuple(x.shape)} with strides {x.stride()} is not dense channels-last; "
+            f"{op}: x {tuple(x.shape)} with strides {x.stride()} is not dense channels-last; "
             "use x.contiguous(memory_format=torch.channels_last)"
         )
-    _check_kinds(x, weight, bias)
+    check_kinds(op, x, weight, bias)
 
 
-def _check_kinds(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_kinds(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """ValueError for tensors of different devices or dtypes; under autocast dtypes are made equal later."""
     casts = torch.is_autocast_enabled(x.device.type)
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
         if tensor.dtype not in (*_DTYPES, torch.float64):
-            raise ValueError(f"reflect_conv2d: {name} is {tensor.dtype}, not float32, bfloat16, float16 or float64")
+            raise ValueError(f"{op}: {name} is {tensor.dtype}, not float32, bfloat16, float16 or float64")
         if tensor.device != x.device or (tensor.dtype != x.dtype and not casts):
             raise ValueError(
-                f"reflect_conv2d: {name} is {tensor.dtype} on {tensor.device}, x is {x.dtype} on {x.device}; "
+                f"{op}: {name} is {tensor.dtype} on {tensor.device}, x is {x.dtype} on {x.device}; "
                 "they must be the same"
             )
 

@@ -90,6 +90,8 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not N
     _mend_interpreter()
     _guard_memory()
 
+from cyclegan_fast.ops import _native  # noqa: E402 - after the environment that Triton looks at
+
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory() -> Iterator[None]:
@@ -101,6 +103,32 @@ def _poisoned_memory() -> Iterator[None]:
     assert torch.empty(1).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+ISA_NAMES = ("portable", "avx2", "avx512", "avx512_bf16")
+
+
+def _instruction_sets() -> tuple[str, ...]:
+    if not _native.available():
+        return ()
+    return ISA_NAMES[: torch.ops.cyclegan_fast_native.best_isa() + 1]
+
+
+@pytest.fixture(params=_instruction_sets())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set that this machine has, for the compiled kernels."""
+    native = torch.ops.cyclegan_fast_native
+    native.set_isa(ISA_NAMES.index(request.param))
+    yield request.param
+    native.set_isa(native.best_isa())
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Puts the number of threads back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

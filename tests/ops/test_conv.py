@@ -126,7 +126,7 @@ def test_registration(layer: Layer, impl: str) -> None:
 
 @pytest.mark.parametrize("impl", ["native", "auto"])
 def test_compiles_without_a_break(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conv, "MEASURED_ON_CPU", {conv._cpu_capability(): 1})
+    monkeypatch.setattr(conv, "MEASURED_ON_CPU", {conv.cpu_capability(): 1})
     layer = LAYERS[0]
     leaves = leaves_of(layer)
     torch._dynamo.reset()
@@ -152,7 +152,7 @@ def test_auto_takes_what_was_measured_to_be_faster(monkeypatch: pytest.MonkeyPat
         run(layer, leaves, "auto").sum().backward()
         return bool(called)
 
-    monkeypatch.setattr(conv, "MEASURED_ON_CPU", {conv._cpu_capability(): 16})
+    monkeypatch.setattr(conv, "MEASURED_ON_CPU", {conv.cpu_capability(): 16})
     assert native(leaves_of(layer))
     assert not native([leaf.detach().double().requires_grad_() for leaf in leaves_of(layer)])
     assert not native([leaf.detach().contiguous().requires_grad_() for leaf in leaves_of(layer)])
@@ -161,7 +161,7 @@ def test_auto_takes_what_was_measured_to_be_faster(monkeypatch: pytest.MonkeyPat
     frozen = leaves_of(layer)
     frozen[1].requires_grad_(False)
     assert not native(frozen)
-    monkeypatch.setattr(conv, "MEASURED_ON_CPU", {conv._cpu_capability(): 17})
+    monkeypatch.setattr(conv, "MEASURED_ON_CPU", {conv.cpu_capability(): 17})
     assert not native(leaves_of(layer))
     monkeypatch.setattr(conv, "MEASURED_ON_CPU", {})
     assert not native(leaves_of(layer))

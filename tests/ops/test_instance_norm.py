@@ -424,6 +424,8 @@ WRONG: list[tuple[str, Callable[[], Any]]] = [
     (r"pad = -1 does not fit", lambda: instance_norm(GOOD, pad=-1)),
     (r"eps = 0.0 is not allowed", lambda: instance_norm(GOOD, eps=0.0)),
     (r"eps = nan is not allowed", lambda: instance_norm(GOOD, eps=float("nan"))),
+    (r"eps = inf is not allowed", lambda: instance_norm(GOOD, eps=float("inf"))),
+    (r"pad = 1.0 does not fit", lambda: instance_norm(GOOD, pad=1.0)),  # type: ignore[arg-type]
     (
         r"activation = 'gelu' is not known: one of None, 'relu', 'leaky_relu'",
         lambda: instance_norm(GOOD, activation="gelu"),

@@ -50,21 +50,6 @@ OPTIONS = [
 ]
 
 
-@pytest.fixture(params=ISA_NAMES[: NATIVE.best_isa() + 1])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set that this machine has."""
-    NATIVE.set_isa(ISA_NAMES.index(request.param))
-    yield request.param
-    NATIVE.set_isa(NATIVE.best_isa())
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def poisoned() -> Iterator[None]:
     """Fresh memory holds NaN, so that an element nobody writes is seen."""

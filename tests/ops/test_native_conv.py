@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -47,21 +46,6 @@ CASES_WEIGHT = [
     (1, 16, 24, 70, 300, 3, 1, 1, True, False, "rows longer than a block, several chunks of rows"),
     (2, 20, 40, 150, 12, 3, 1, 2, False, False, "several rows in a block, several chunks, a zero border of two"),
 ]
-
-
-@pytest.fixture(params=ISA_NAMES[: NATIVE.best_isa() + 1])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set that this machine has."""
-    NATIVE.set_isa(ISA_NAMES.index(request.param))
-    yield request.param
-    NATIVE.set_isa(NATIVE.best_isa())
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def rand(*shape: int, seed: int) -> Tensor:
@@ -294,7 +278,7 @@ def test_registration_of_backward(need: list[bool]) -> None:
 
 def test_compiles_without_a_break(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reflect_conv, "_FEWEST_PIXELS", 0)
-    monkeypatch.setattr(reflect_conv, "MEASURED_ON_CPU", {(reflect_conv._cpu_capability(), "flat"): (1, 1)})
+    monkeypatch.setattr(reflect_conv, "MEASURED_ON_CPU", {(reflect_conv.cpu_capability(), "flat"): (1, 1)})
     layer = LAYERS[0]
     leaves = leaves_of(layer)
     for impl in ("native", "auto"):
@@ -312,7 +296,7 @@ def test_compiles_without_a_break(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_auto_takes_what_was_measured_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    capability = reflect_conv._cpu_capability()
+    capability = reflect_conv.cpu_capability()
     monkeypatch.setattr(reflect_conv, "MEASURED_ON_CPU", {(capability, "flat"): (32, 32)})
     x, weight = rand(1, 32, 32, 32, seed=1), rand(32, 32, 3, 3, seed=2)
     assert torch.equal(reflect_conv2d(x, weight, padding=1), reflect_conv2d(x, weight, padding=1, impl="native"))
