@@ -21,6 +21,8 @@ import pytest
 import torch
 from measure import Row, Table
 
+from cyclegan_fast.machine import keep_freed_memory
+
 _START = time.monotonic()
 # Contestants at one shape follow one another (the uppermost parameter of a test varies fastest), small batches come
 # first, and what has to be compiled takes longest and comes last.
@@ -38,6 +40,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise pytest.UsageError("TRITON_INTERPRET=1: the interpreter's time means nothing")
+    # As in training, and for all contestants alike: no page of a result has to be mapped anew.
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     # Benchmarks compare; a library's remark about itself must not end them.
     config.addinivalue_line("filterwarnings", "ignore::UserWarning")
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning")

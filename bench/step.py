@@ -38,15 +38,13 @@ from rounds import Contestant, Field, NotHereError, Result, add_options, say, ta
 from tables import (
     Baseline,
     Column,
-    as_json,
+    Section,
     common_columns,
-    markdown_table,
     number,
     percent,
     profile_columns,
-    profile_table,
     rate_columns,
-    write_both,
+    report,
 )
 from torch import Tensor, nn
 
@@ -141,6 +139,11 @@ def our_step(
 ) -> Callable[[], Any]:
     """One step as the trainer runs it."""
     _process_settings(precision)
+    if DEVICE.type == "cpu":
+        with contextlib.suppress(ImportError):  # a revision before there was such a thing; see `compare`
+            from cyclegan_fast.machine import keep_freed_memory
+
+            keep_freed_memory()
     torch.manual_seed(0)
     try:
         from cyclegan_fast.training import build
@@ -367,23 +370,20 @@ def _phases(tasks: Sequence[Task], wanted: Callable[[Contestant], bool]) -> Iter
 
 
 def _write(options: argparse.Namespace, content: dict[str, Any], fields: dict[int, tuple[Task, Field]]) -> str:
-    content["batches"] = []
-    lines = [_EXPLANATION, ""]
-    if rates := content["rates"]:
-        lines += ["Measured in this run: " + cost_model.rates_as_text(rates) + ".", ""]
-    profiles: list[str] = []
-    for batch, (task, field) in sorted(fields.items()):
-        rows = [as_json(result) for result in field.results]
-        content["batches"].append({"batch": batch, "flop": cost_model.step_flop(task), "rows": rows})
-        columns = _columns(task, field.results, content["rates"])
-        lines += [f"## Batch {batch}", "", *markdown_table(columns, field.results), ""]
-        for result in field.results:
-            if result.role == "ours" and result.profile is not None:
-                profiles += [f"## A step of {result.name}, batch {batch}", "", *profile_table(result), ""]
-                break
-    lines += profiles
-    write_both(options.out, options.markdown, content, lines)
-    return "\n".join(lines)
+    rates = content["rates"]
+    sections = [
+        Section(
+            f"Batch {batch}",
+            {"batch": batch, "flop": cost_model.step_flop(task)},
+            _columns(task, field.results, rates),
+            field.results,
+            "A step",
+        )
+        for batch, (task, field) in sorted(fields.items())
+    ]
+    content["batches"] = [section.as_json() for section in sections]
+    spoken = cost_model.rates_as_text(rates) if rates else ""
+    return report(_EXPLANATION, spoken, sections, content, options.out, options.markdown)
 
 
 _EXPLANATION = (

@@ -36,7 +36,7 @@ ALLOWED = {
     "training.checkpoint": {"errors"},
     "training.monitor": {"models.cost", "roofline"},
     "training.samples": {"evaluation.figures", "training.step"},
-    "training.process": {"config", "device", "distributed"},
+    "training.process": {"config", "device", "distributed", "machine"},
     "inference": {"config", "data", "device", "errors", "inference", "models", "training.checkpoint"},
     "evaluation": {"data.photo", "errors", "evaluation", "inference.translate", "training.checkpoint"},
     "roofline": {"data.store", "machine"},

@@ -14,7 +14,8 @@ import torch
 
 from cyclegan_fast import distributed
 from cyclegan_fast.config import Config
-from cyclegan_fast.device import AUTOCAST, arithmetic, resolve_precision, usable_cores
+from cyclegan_fast.device import AUTOCAST, arithmetic, resolve_precision
+from cyclegan_fast.machine import keep_freed_memory, usable_cores
 
 
 @dataclass
@@ -48,7 +49,7 @@ def catch_signals() -> Iterator[Stop]:
 
 @contextlib.contextmanager
 def process_settings(config: Config, device: torch.device) -> Iterator[None]:
-    """The settings of torch that belong to the process, for the duration of a run."""
+    """The settings of torch and of the C library that belong to the process, for the duration of a run."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     benchmark = torch.backends.cudnn.benchmark
     precision = resolve_precision(config.training.precision, device)
@@ -57,6 +58,9 @@ def process_settings(config: Config, device: torch.device) -> Iterator[None]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.training.deterministic)
     torch.backends.cudnn.benchmark = not config.training.deterministic
+    on_cpu = device.type == "cpu"  # on CUDA torch keeps freed memory by itself
+    if on_cpu:
+        keep_freed_memory()
     try:
         # Autocast is the step's own affair; here only the switch between fp32 and TF32 convolutions is set.
         with contextlib.nullcontext() if precision in AUTOCAST else arithmetic(precision, device):
@@ -65,3 +69,5 @@ def process_settings(config: Config, device: torch.device) -> Iterator[None]:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic)
         torch.backends.cudnn.benchmark = benchmark
+        if on_cpu:
+            keep_freed_memory(False)
