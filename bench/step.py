@@ -377,7 +377,7 @@ def _write(options: argparse.Namespace, content: dict[str, Any], fields: dict[in
             {"batch": batch, "flop": cost_model.step_flop(task)},
             _columns(task, field.results, rates),
             field.results,
-            "A step",
+            "A step of",
         )
         for batch, (task, field) in sorted(fields.items())
     ]

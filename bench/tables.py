@@ -113,7 +113,7 @@ class Section:
     facts: dict[str, Any]
     columns: Sequence[Column]
     results: Sequence[Result]
-    call: str  # above the profile of the first of ours that has one: "A step", "A translation"
+    call: str  # above the profile of the first of ours that has one: "A step of", "A translation by"
 
     def as_json(self) -> dict[str, Any]:
         return {**self.facts, "rows": [as_json(result) for result in self.results]}
@@ -126,7 +126,7 @@ class Section:
         """Where the time of ours goes, in Markdown; empty where there is no profile."""
         for result in self.results:
             if result.role == "ours" and result.profile is not None:
-                return [f"## {self.call} of {result.name}, {self.title.lower()}", "", *profile_table(result), ""]
+                return [f"## {self.call} {result.name}, {self.title.lower()}", "", *profile_table(result), ""]
         return []
 
 

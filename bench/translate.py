@@ -294,7 +294,7 @@ def _write(options: argparse.Namespace, content: dict[str, Any], fields: Sequenc
             {**vars(task), "flop": task.flop()},
             _columns(task, field.results, rates),
             field.results,
-            "A translation",
+            "A translation by",
         )
         for task, field in fields
     ]
