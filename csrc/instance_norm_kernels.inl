@@ -267,6 +267,12 @@ struct Direct {
     return load_group<Whole>(grad + pixel * c + channel, count);
   }
   inline void prefetch(int64_t element) const { __builtin_prefetch(grad + element); }
+  // The gradient of a pixel as T.
+  template <bool Whole>
+  inline void put(T* to, int64_t pixel, int64_t channel, int64_t count, Pair) const {
+    const int64_t channels = Whole ? group : count;
+    __builtin_memcpy(to, grad + pixel * c + channel, static_cast<size_t>(channels) * sizeof(T));
+  }
   inline void prefetch_ahead(int64_t pixel, int64_t channel) const { prefetch_read(grad + pixel * c + channel); }
 };
 
@@ -278,6 +284,10 @@ struct Folded {
     return load_lanes(grad + pixel * lanes + channel);
   }
   inline void prefetch(int64_t) const {}
+  template <bool Whole, class T>
+  inline void put(T* to, int64_t, int64_t, int64_t count, Pair v) const {
+    store_group<Whole>(to, v, count);
+  }
   inline void prefetch_ahead(int64_t, int64_t) const {}
 };
 
@@ -387,9 +397,10 @@ static void gradient_sums(const RowTask& task, const ChannelParameters& p, int64
   }
 }
 
-template <class T, Activation act, bool residual, class Gradient>
+template <class T, Activation act, bool residual, bool exact = false, class Gradient>
 static inline void gradient_pixels(const T* x, const Gradient& gradient, T* grad_x, T* grad_residual, int64_t c,
                                    int64_t first, int64_t pixels, float slope, const ChannelParameters& p) {
+  Halves<T, exact> halves;
   for_each_group(c, [&](int64_t channel, auto whole, int64_t count) {
     constexpr bool Whole = decltype(whole)::value;
     const Pair mean = load_lanes(p.mean + channel), scale = load_lanes(p.scale + channel);
@@ -403,16 +414,21 @@ static inline void gradient_pixels(const T* x, const Gradient& gradient, T* grad
       Pair d = gradient.template get<Whole>(i, channel, count);
       if constexpr (residual) {
         prefetch_write(grad_residual + i * c + channel);
-        store_group<Whole>(grad_residual + i * c + channel, d, count);
+        gradient.template put<Whole>(grad_residual + i * c + channel, i, channel, count, d);
       }
       const Vec a = v.a - mean.a, b = v.b - mean.b;
       d.a = activation_gradient<act>(d.a, a * scale.a + shift.a, slope);
       d.b = activation_gradient<act>(d.b, b * scale.b + shift.b, slope);
       d.a = scale.a * d.a + (tilt.a * a + constant.a);
       d.b = scale.b * d.b + (tilt.b * b + constant.b);
-      store_group<Whole>(grad_x + i * c + channel, d, count);
+      store_group<Whole>(grad_x + i * c + channel, d, count, halves);
     }
   });
+  if (halves.met()) {
+    again([&] {
+      gradient_pixels<T, act, residual, true>(x, gradient, grad_x, grad_residual, c, first, pixels, slope, p);
+    });
+  }
 }
 
 template <class T, Activation act, bool residual>

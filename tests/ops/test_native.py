@@ -244,6 +244,23 @@ def test_numbers_half_way_between_two_of_bfloat16_go_to_the_even_one(channels: i
     assert torch.equal(y, bias.to(torch.bfloat16)[None, :, None, None].expand_as(y))
 
 
+@pytest.mark.parametrize("channels", [64, 19])
+@pytest.mark.parametrize("residual", [False, True])
+def test_gradients_half_way_between_two_of_bfloat16_go_to_the_even_one(channels: int, residual: bool, isa: str) -> None:
+    """dx is g less its mean, -2^-8: half-way for 1, above an even number, and 1 + 2^-7, above an odd one."""
+    pixels = torch.tensor([-0.25, 0.0] + [1.0, -1.0] * 15 + [1 + 2.0**-7, -1 - 2.0**-7] * 16)
+    grad = pixels.view(1, 1, 8, 8).repeat(1, channels, 1, 1).to(torch.bfloat16)
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    zeros = torch.zeros_like(grad)
+    mean, rstd = torch.zeros(1, channels), torch.ones(1, channels)
+    dx, dresidual, _, _ = NATIVE.instance_norm_backward(grad, zeros, mean, rstd, None, None, 0, 0.0, 0, residual)
+    expected = (grad.float() + 2.0**-8).to(torch.bfloat16)
+    assert set(expected[0, 0].flatten().tolist()) >= {1.0, 1 + 2.0**-6}
+    assert torch.equal(dx, expected)
+    if residual:
+        assert torch.equal(dresidual, grad)
+
+
 def test_an_empty_batch() -> None:
     x = torch.empty(0, 8, 4, 4).contiguous(memory_format=torch.channels_last)
     y, mean, rstd = NATIVE.instance_norm_forward(x, torch.ones(8), torch.ones(8), None, EPS, 0, 0.0, 1)
