@@ -61,7 +61,7 @@ summary() {
         [ -s "$OUT/tests.log" ] && { echo '```'; tail -n 25 "$OUT/tests.log"; echo '```'; echo; }
         [ -s "$WORK/verified" ] && { echo '```'; cat "$WORK/verified"; echo '```'; echo; }
         [ -s "$WORK/paper" ] && { echo '```'; cat "$WORK/paper"; echo '```'; echo; }
-        for table in "$WORK/step.md" "$WORK/model.md" "$WORK/translate.md" "$OUT/ops.md"; do
+        for table in "$WORK/step.md" "$WORK/model.md" "$WORK/translate.md" "$WORK/overhead.md" "$OUT/ops.md"; do
             [ -s "$table" ] && { cat "$table"; echo; }
         done
     } >"$OUT/summary.md"
@@ -158,6 +158,7 @@ rm -f "$OUT/tests.log"
 if [ "${PAPER:-0}" = 1 ]; then
     part "synthetic pictures" 200 bash -c paper_pictures && part "the paper's training" 600 bash -c paper_training
 else
+    part "cost of a call" 25 "$PYTHON" bench/overhead.py --out "$OUT/overhead.json" --markdown "$WORK/overhead.md"
     # A training step recorded as a graph must equal the eager one, or its figures are worth nothing.
     part "graph parity" 60 bash -c 'tests tests/training/test_graph.py tests/models/test_fused.py'
     summary

@@ -62,3 +62,18 @@ def test_translate(bench: Path, tmp_path: Path) -> None:
         *("(a) de-facto fp32 eager", "ours fp32 eager", "ours fp32 translator"),
     }
     assert "## A translation by ours fp32" in markdown
+
+
+def test_overhead(bench: Path, tmp_path: Path) -> None:
+    out = tmp_path / "overhead.json"
+    command = [sys.executable, str(bench / "overhead.py"), "--small", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    rows = json.loads(out.read_text())["rows"]
+    assert {row["op"].split()[0].rstrip(",") for row in rows} >= {
+        "instance_norm",
+        "reflect_conv2d",
+        "crop_flip",
+        "relu",
+    }
+    assert all(us > 0 for row in rows for us in row["microseconds"])
+    assert "| relu | forward + backward |" in done.stdout
