@@ -34,6 +34,7 @@ ALLOWED = {
     "training.image_pool": {"ops.image_pool"},
     "training.step": {"training.losses"},
     "training.checkpoint": {"errors"},
+    "training.lock": {"errors"},
     "training.monitor": {"models.cost", "roofline"},
     "training.samples": {"evaluation.figures", "training.step"},
     "training.process": {"config", "device", "distributed"},
@@ -48,7 +49,7 @@ ALLOWED = {
     "training.graph": {"ops.crop_flip", "training.step"},
     "training.trainer": {
         *("config", "data.loader", "device", "distributed", "errors", "evaluation.figures", "models", "version"),
-        *(f"training.{name}" for name in ("build", "checkpoint", "graph", "image_pool", "monitor", "process")),
+        *(f"training.{name}" for name in ("build", "checkpoint", "graph", "image_pool", "lock", "monitor", "process")),
         *("roofline", "training.samples"),
         *("training.schedule", "training.step"),
     },
