@@ -383,6 +383,10 @@ class _Bar(_Tqdm):
 
     monitor_interval = 0  # its thread goes by the system's clock
 
+    def __init__(self, **options: Any) -> None:
+        with _going_on(self):
+            super().__init__(**options)
+
     @property
     def _time(self) -> Callable[[], float]:
         return time.monotonic
