@@ -38,12 +38,12 @@ from typing import IO, TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from tqdm import tqdm
 
 from cyclegan_fast.data.folder import DataError, Entry
 from cyclegan_fast.data.photo import MAX_PIXELS, PhotoError, open_photo
 from cyclegan_fast.errors import shown
 from cyclegan_fast.machine import usable_cores
+from cyclegan_fast.progress import Bar
 
 if TYPE_CHECKING:
     import torch
@@ -572,7 +572,7 @@ def _decode(
     outcomes: dict[int, _Outcome] = {}
     with (
         contextlib.closing(decode(tasks, preprocess, data)) as results,
-        tqdm(total=len(tasks), desc=f"decoding {label}", unit="picture", disable=label is None) as bar,
+        Bar(total=len(tasks), desc=f"decoding {label}", unit="picture", disable=label is None) as bar,
     ):
         for index, outcome in results:
             bar.update()

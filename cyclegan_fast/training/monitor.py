@@ -22,17 +22,17 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from cyclegan_fast.models.cost import Work
+from cyclegan_fast.progress import Bar
 from cyclegan_fast.roofline import Roofline
 
 logger = logging.getLogger("cyclegan_fast.monitor")
@@ -127,7 +127,7 @@ class Monitor:
         self._work, self._roofline, self._precision = work, roofline, precision
         self._board: _Board | None = None
         self._lines: _Lines | None = None
-        self._bar: _Bar | None = None
+        self._bar: Bar | None = None
         self._pictures_fail = False
         self._last_time, self._last_step = time.perf_counter(), step
         self._wait = 0.0
@@ -141,7 +141,7 @@ class Monitor:
         self._lines = _Lines(run_dir / SCALARS, step)
         if tensorboard:
             self._board = _Board(run_dir / "tensorboard", step)
-        self._bar = _Bar(
+        self._bar = Bar(
             total=total_steps,
             initial=step,
             unit="step",
@@ -158,8 +158,7 @@ class Monitor:
     def step_done(self) -> None:
         """Move the bar."""
         if self._bar is not None:
-            with _going_on(self._bar):
-                self._bar.update()
+            self._bar.update()
 
     def write(self, step: int, scalars: dict[str, float], lr: float) -> None:
         """Record the window of steps that ends with ``step``: its mean losses, speed, data wait and memory."""
@@ -177,8 +176,7 @@ class Monitor:
         if self._bar is not None:
             shown = {name: f"{scalars[name]:.3f}" for name in _BAR if name in scalars}
             text = " ".join(f"{name} {value}" for name, value in shown.items())
-            with _going_on(self._bar):
-                self._bar.set_postfix_str(f"{text}, {_speed_words(scalars)}", refresh=sys.stderr.isatty())
+            self._bar.set_postfix_str(f"{text}, {_speed_words(scalars)}", refresh=sys.stderr.isatty())
 
     def _speed(self, steps: int, seconds: float) -> dict[str, float]:
         """The speed figures of ``steps`` steps that took ``seconds``."""
@@ -233,10 +231,7 @@ class Monitor:
 
     def close(self) -> None:
         """Flush and close everything."""
-        if self._bar is not None:
-            with _going_on(self._bar):
-                self._bar.close()
-        for part in (self._lines, self._board):
+        for part in (self._bar, self._lines, self._board):
             if part is not None:
                 part.close()
 
@@ -370,36 +365,3 @@ class _Board:
             writer, self._writer = self._writer, None
             with contextlib.suppress(Exception):
                 writer.close()
-
-
-if TYPE_CHECKING:
-    _Tqdm = tqdm[Any]
-else:
-    _Tqdm = tqdm
-
-
-class _Bar(_Tqdm):
-    """A progress bar that goes by the monotonic clock: set back an hour, the system's would stop it for an hour."""
-
-    monitor_interval = 0  # its thread goes by the system's clock
-
-    def __init__(self, **options: Any) -> None:
-        with _going_on(self):
-            super().__init__(**options)
-
-    @property
-    def _time(self) -> Callable[[], float]:
-        return time.monotonic
-
-    @_time.setter
-    def _time(self, clock: Callable[[], float]) -> None:
-        """Ignore the clock that tqdm sets."""
-
-
-@contextlib.contextmanager
-def _going_on(bar: _Bar) -> Iterator[None]:
-    """Hide a bar that cannot be drawn: standard error may be a file on a full disk, or closed."""
-    try:
-        yield
-    except (OSError, ValueError):
-        bar.disable = True

@@ -293,9 +293,15 @@ class Trainer:
             return
         if (bad := self._first_bad(*self.history.peek())) is not None:
             self._report_non_finite(*bad, together=False)
-        if not bool(torch.stack([tensor.isfinite().all() for _, tensor in self._trained()]).all()):
+        # A finite sum of squares has finite terms, and on a CPU it is ten times as fast as looking at each.
+        norm = torch.nn.utils.get_total_norm([tensor for _, tensor in self._trained()])
+        if not math.isfinite(float(norm)) and self._broken():
             self._report_non_finite(self.step, [], together=False)
         self._healthy_step = self.step
+
+    def _broken(self) -> list[str]:
+        """Names of the weights and moments that are not all numbers."""
+        return [name for name, tensor in self._trained() if not bool(tensor.isfinite().all())]
 
     def _trained(self) -> Iterator[tuple[str, Tensor]]:
         """All weights and moments by name."""
@@ -312,7 +318,7 @@ class Trainer:
         """Keep the state to look at and raise NonFiniteLossError; ``step`` counts from 1, ``names`` of its scalars."""
         batch = self.data.loader.batch(step - 1)
         names_A, names_B = self.data.loader.names_of(batch.index_A, batch.index_B)
-        broken = [name for name, tensor in self._trained() if not bool(tensor.isfinite().all())]
+        broken = self._broken()
         kept = ""
         if distributed.is_main():
             path = ckpt.checkpoint_dir(self.run_dir) / f"nonfinite-{self.step:08d}.ckpt"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import logging
 import math
@@ -32,10 +33,11 @@ from cyclegan_fast.cli import main
 from cyclegan_fast.config import Config, ConfigError, to_yaml
 from cyclegan_fast.data.folder import DataError
 from cyclegan_fast.evaluation.figures import curves_figure
+from cyclegan_fast.progress import Bar
 from cyclegan_fast.training import checkpoint as ckpt
 from cyclegan_fast.training import lock, trainer
 from cyclegan_fast.training.lock import RunLockedError
-from cyclegan_fast.training.monitor import History, _Bar
+from cyclegan_fast.training.monitor import History
 from cyclegan_fast.training.trainer import NonFiniteLossError, train
 
 Tiny = Callable[..., Config]
@@ -808,7 +810,7 @@ def test_minutes_are_those_of_the_monotonic_clock(tiny: Tiny, monkeypatch: pytes
 def test_the_bar_goes_on_when_the_clock_is_set_back(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with _Bar(total=3, mininterval=0.001, miniters=1) as bar:
+    with Bar(total=3, mininterval=0.001, miniters=1) as bar:
         monkeypatch.setattr(time, "time", lambda: 0.0)
         monkeypatch.setattr("tqdm.std.time", lambda: 0.0)
         time.sleep(0.01)
@@ -918,12 +920,12 @@ def test_standard_error_on_a_full_disk(
 ) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
-    with Path("/dev/full").open("w", buffering=1) as full:
+    with io.TextIOWrapper(io.FileIO("/dev/full", "w"), write_through=True) as full:
         monkeypatch.setattr(sys, "stderr", full)
         run = train(tiny("run", *USUAL, "monitor.progress=true"))
+        with pytest.raises(OSError, match="No space left"):
+            full.write("a word")
         monkeypatch.undo()
-        with contextlib.suppress(OSError):
-            full.close()
     recovered(run, resume=False)
 
 
