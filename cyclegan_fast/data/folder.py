@@ -15,11 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from cyclegan_fast.data.photo import EXTENSIONS, PhotoError, open_photo, read_header
 from cyclegan_fast.errors import InputError, shown
 from cyclegan_fast.machine import usable_cores
+from cyclegan_fast.progress import Bar
 
 __all__ = ["SPLITS", "DataError", "Entry", "Scan", "list_images", "report", "scan_dataset", "scan_folder", "subset"]
 
@@ -105,7 +104,7 @@ def scan_folder(
     executor = ThreadPoolExecutor(max_workers=workers or usable_cores())
     try:
         looks = executor.map(lambda path: _look_at(path, folder, full), paths)
-        results = list(tqdm(looks, total=len(paths), desc=f"scan {split}", unit="picture", disable=not progress))
+        results = list(Bar(looks, total=len(paths), desc=f"scan {split}", unit="picture", disable=not progress))
     finally:
         executor.shutdown(cancel_futures=True)
     entries = tuple(result for result in results if isinstance(result, Entry))

@@ -166,6 +166,11 @@ class PairLoader:
         """File names of all pictures of A and of B, in the order of their indices."""
         return self._stores[0].names, self._stores[1].names
 
+    @property
+    def digests(self) -> tuple[Int64Array, Int64Array]:
+        """64 bits of hash of each picture's file, int64 [M], of A and of B."""
+        return self._stores[0].digests, self._stores[1].digests
+
     def names_of(self, index_A: Int64Array, index_B: Int64Array) -> tuple[list[str], list[str]]:
         """File names of the pictures of a batch, flattened."""
         store_A, store_B = self._stores

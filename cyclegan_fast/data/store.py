@@ -33,17 +33,17 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from tqdm import tqdm
 
 from cyclegan_fast.data.folder import DataError, Entry
 from cyclegan_fast.data.photo import MAX_PIXELS, PhotoError, open_photo
 from cyclegan_fast.errors import shown
 from cyclegan_fast.machine import usable_cores
+from cyclegan_fast.progress import Bar
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +63,7 @@ Int64Array = npt.NDArray[np.int64]
 
 _log = logging.getLogger("cyclegan_fast.store")
 
-_FORMAT = 1  # part of the key: raise it when the bytes of a store change their meaning
+_FORMAT = 2  # part of the key: raise it when the bytes of a store change their meaning
 _LISTED = 20  # files named in one message
 _PIXELS_A_WORKER = 20_000_000  # below this, starting another process takes longer than it saves
 _INDEX_BYTES_A_PICTURE = 32_768  # a name of 4096 bytes, escaped, and its size
@@ -131,7 +131,8 @@ class Store:
     """Decoded pictures in a memory-mapped file.
 
     names: within the domain's folder; sizes: int64 [N, 2], height and width; offsets: int64 [N], bytes; uniform:
-    whether all sizes are equal; left_out: (name, reason) of the pictures that could not be decoded.
+    whether all sizes are equal; digests: int64 [N], 64 bits of the SHA-256 of each file that was decoded, which stay
+    when a file is moved or its time changes; left_out: (name, reason) of the pictures that could not be decoded.
     """
 
     path: Path
@@ -139,6 +140,7 @@ class Store:
     sizes: Int64Array
     channels: int
     left_out: tuple[tuple[str, str], ...] = ()
+    digests: Int64Array = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     offsets: Int64Array = field(init=False)
     uniform: bool = field(init=False)
     nbytes: int = field(init=False)
@@ -332,15 +334,17 @@ def _read(folder: Path, key: str, entries: Sequence[Entry], preprocess: Preproce
             or index["names"] != list(sizes)
             or index["sizes"] != [list(size) for size in sizes.values()]
             or index["channels"] != preprocess.channels
+            or len(index["digests"]) != len(sizes)
         ):
             raise ValueError("its index is not that of these pictures")
         array = np.array(list(sizes.values()), dtype=np.int64).reshape(-1, 2)
-        store = Store(folder, list(sizes), array, preprocess.channels, left_out)
+        digests = np.array([int(digest, 16) for digest in index["digests"]], dtype=np.uint64).view(np.int64)
+        store = Store(folder, list(sizes), array, preprocess.channels, left_out, digests)
         if not (folder / "data.bin").stat().st_size == index["bytes"] == store.nbytes:
             raise ValueError("its length is wrong")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+    except (OSError, ValueError, OverflowError, KeyError, TypeError, IndexError, RecursionError) as error:
         _log.warning("the store %s is damaged and will be built again: %s", folder, error)
         return None
     return store
@@ -371,6 +375,9 @@ class _Failure:
     passing: bool = False
 
 
+_Outcome: TypeAlias = "_Failure | str"  # of one picture: why it cannot be used, or the digest of its file
+
+
 @dataclass(frozen=True)
 class _Builder:
     """Decodes pictures into a new store."""
@@ -395,12 +402,12 @@ class _Builder:
             temporary = self.cache / f"{folder.name}-{uuid.uuid4().hex[:8]}.tmp"
             temporary.mkdir()
             try:
-                return self._publish(temporary, self._fill(temporary), key)
+                return self._publish(temporary, *self._fill(temporary), key)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
 
-    def _fill(self, temporary: Path) -> dict[int, _Failure]:
-        """Decode everything into the temporary folder; the pictures that failed, by index."""
+    def _fill(self, temporary: Path) -> tuple[dict[int, _Failure], dict[int, str]]:
+        """Decode everything into the temporary folder; the pictures that failed and the others' digests, by index."""
         tasks = self._tasks()
         total = sum(task.length for task in tasks)
         free = shutil.disk_usage(temporary).free
@@ -409,12 +416,14 @@ class _Builder:
         data = temporary / "data.bin"
         with data.open("wb") as file:
             file.truncate(total)
-        failures = _decode(tasks, self.preprocess, data, self._worker_count(), self.split if self.progress else None)
+        label = self.split if self.progress else None
+        outcomes = _decode(tasks, self.preprocess, data, self._worker_count(), label)
+        failures = {index: outcome for index, outcome in outcomes.items() if isinstance(outcome, _Failure)}
         reasons = [(self.entries[index].name, failure.reason) for index, failure in sorted(failures.items())]
         if self.unreadable == "refuse" or len(failures) == len(tasks):
             _report_left_out(reasons, len(tasks), self.split, self.unreadable)
         _close_gaps(data, [task for task in tasks if task.index not in failures])
-        return failures
+        return failures, {index: outcome for index, outcome in outcomes.items() if isinstance(outcome, str)}
 
     def _tasks(self) -> list[_Task]:
         tasks: list[_Task] = []
@@ -431,7 +440,7 @@ class _Builder:
         wanted = self.workers or min(usable_cores(), 1 + pixels // _PIXELS_A_WORKER)
         return min(wanted, len(self.entries))
 
-    def _publish(self, temporary: Path, failures: dict[int, _Failure], key: str) -> Store:
+    def _publish(self, temporary: Path, failures: dict[int, _Failure], digests: dict[int, str], key: str) -> Store:
         """Write the index, make everything durable and give the store its name."""
         passing = {index for index, failure in failures.items() if failure.passing}
         entries = [entry for index, entry in enumerate(self.entries) if index not in passing]
@@ -447,6 +456,7 @@ class _Builder:
             "left_out": lasting,
             "names": [entry.name for entry in kept],
             "sizes": [self.preprocess.size(entry.width, entry.height) for entry in kept],
+            "digests": [digests[index] for index in sorted(digests)],
         }
         (temporary / "index.json").write_text(json.dumps(index), encoding="utf-8")
         for name in ("data.bin", "index.json", "."):
@@ -553,25 +563,24 @@ def _close_gaps(data: Path, kept: Sequence[_Task]) -> None:
 
 def _decode(
     tasks: Sequence[_Task], preprocess: Preprocess, data: Path, workers: int, label: str | None
-) -> dict[int, _Failure]:
-    """Decode every task's picture into the file; the failures by index. label: of the progress bar, None for none.
+) -> dict[int, _Outcome]:
+    """Decode every task's picture into the file; outcomes by index. label: of the progress bar, None for none.
 
     Raises OSError when the file cannot be written.
     """
     decode = _decode_here if workers == 1 else functools.partial(_decode_in_workers, workers=workers)
-    failures: dict[int, _Failure] = {}
+    outcomes: dict[int, _Outcome] = {}
     with (
         contextlib.closing(decode(tasks, preprocess, data)) as results,
-        tqdm(total=len(tasks), desc=f"decoding {label}", unit="picture", disable=label is None) as bar,
+        Bar(total=len(tasks), desc=f"decoding {label}", unit="picture", disable=label is None) as bar,
     ):
-        for index, failure in results:
+        for index, outcome in results:
             bar.update()
-            if failure is not None:
-                failures[index] = failure
-    return failures
+            outcomes[index] = outcome
+    return outcomes
 
 
-_Results = Generator[tuple[int, _Failure | None], None, None]
+_Results = Generator[tuple[int, _Outcome], None, None]
 
 
 def _decode_here(tasks: Sequence[_Task], preprocess: Preprocess, data: Path) -> _Results:
@@ -585,7 +594,7 @@ def _decode_in_workers(tasks: Sequence[_Task], preprocess: Preprocess, data: Pat
     todo: queue.SimpleQueue[_Task] = queue.SimpleQueue()
     for task in tasks:
         todo.put(task)
-    done: queue.SimpleQueue[tuple[int, _Failure | None] | BaseException] = queue.SimpleQueue()
+    done: queue.SimpleQueue[tuple[int, _Outcome] | BaseException] = queue.SimpleQueue()
     stop = threading.Event()
     pool = [_Worker(preprocess, data) for _ in range(workers)]
     threads = [threading.Thread(target=_feed, args=(worker, todo, done, stop), daemon=True) for worker in pool]
@@ -608,7 +617,7 @@ def _decode_in_workers(tasks: Sequence[_Task], preprocess: Preprocess, data: Pat
 def _feed(
     worker: _Worker,
     todo: queue.SimpleQueue[_Task],
-    done: queue.SimpleQueue[tuple[int, _Failure | None] | BaseException],
+    done: queue.SimpleQueue[tuple[int, _Outcome] | BaseException],
     stop: threading.Event,
 ) -> None:
     try:
@@ -630,7 +639,7 @@ class _Worker:
         self._settings = json.dumps([sys.path, asdict(preprocess), str(data)])
         self._process: subprocess.Popen[str] | None = None
 
-    def ask(self, task: _Task) -> _Failure | None:
+    def ask(self, task: _Task) -> _Outcome:
         """Have one picture decoded. Raises OSError when its bytes cannot be written, DataError without a process."""
         process = self._process or self._start()
         answer = ""
@@ -644,7 +653,8 @@ class _Worker:
             logging.getLogger(name).log(level, "%s", text)
         if message["error"] is not None:
             raise OSError(*message["error"])
-        return None if message["failure"] is None else _Failure(**message["failure"])
+        outcome = message["outcome"]
+        return outcome if isinstance(outcome, str) else _Failure(**outcome)
 
     def interrupt(self) -> None:
         """End the process, whatever it is doing; may be called by another thread than the one that asks."""
@@ -724,17 +734,17 @@ def _serve(preprocess: dict[str, Any], data: str) -> None:
     answers.write(b"ready\n")
     with Path(data).open("r+b") as file, contextlib.suppress(BrokenPipeError):  # the parent may be gone
         for line in sys.stdin:
-            answer: dict[str, Any] = {"failure": None, "error": None}
+            answer: dict[str, Any] = {"outcome": None, "error": None}
             try:
-                failure = _store_picture(_Task(**json.loads(line)), settings, file)
-                answer["failure"] = None if failure is None else asdict(failure)
+                outcome = _store_picture(_Task(**json.loads(line)), settings, file)
+                answer["outcome"] = outcome if isinstance(outcome, str) else asdict(outcome)
             except OSError as error:
                 answer["error"] = [error.errno, error.strerror]
             answers.write(json.dumps({**answer, "log": collect.records}).encode() + b"\n")
             collect.records.clear()
 
 
-def _store_picture(task: _Task, preprocess: Preprocess, file: IO[bytes]) -> _Failure | None:
+def _store_picture(task: _Task, preprocess: Preprocess, file: IO[bytes]) -> _Outcome:
     """Decode one picture and write its bytes to its place. Raises OSError when they cannot be written."""
     path = Path(task.path)
     reason = None
@@ -745,6 +755,7 @@ def _store_picture(task: _Task, preprocess: Preprocess, file: IO[bytes]) -> _Fai
         reason = error.reason
     # Looked at after decoding, so that a file written meanwhile is noticed too.
     try:
+        digest = _file_digest(path) if pixels is not None else ""
         status = path.stat()
     except OSError as error:
         return _Failure(f"vanished after it was scanned: {error.strerror}", passing=True)
@@ -757,4 +768,13 @@ def _store_picture(task: _Task, preprocess: Preprocess, file: IO[bytes]) -> _Fai
     file.seek(task.offset)
     file.write(pixels.tobytes())
     file.flush()
-    return None
+    return digest
+
+
+def _file_digest(path: Path) -> str:
+    """64 bits of the SHA-256 of a file, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]

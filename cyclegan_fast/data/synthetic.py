@@ -31,13 +31,13 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from tqdm import tqdm
 
 from cyclegan_fast.data._camera import PHONE, Exposure, develop_dslr, develop_phone, dslr
 from cyclegan_fast.data._raster import Floats
 from cyclegan_fast.data._scene import Scene, draw_scene, rasterise
 from cyclegan_fast.data.folder import SPLITS, DataError
 from cyclegan_fast.machine import usable_cores
+from cyclegan_fast.progress import Bar
 
 Picture: TypeAlias = npt.NDArray[np.uint8]
 
@@ -232,7 +232,7 @@ def _render_all(folder: Path, wanted: _Parameters, workers: int, progress: bool)
     for name in (*SPLITS, *_TRUTH.values()):
         (folder / name).mkdir()
     render = partial(_render_job, str(folder), wanted.seed, wanted.size)
-    with tqdm(total=len(jobs), desc="rendering flowers", unit="scene", disable=not progress, file=sys.stderr) as bar:
+    with Bar(total=len(jobs), desc="rendering flowers", unit="scene", disable=not progress, file=sys.stderr) as bar:
         for _ in _in_processes(render, jobs, _worker_count(workers, len(jobs) * wanted.size**2)):
             bar.update()
 

@@ -30,7 +30,7 @@ import stat
 import struct
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -221,10 +221,33 @@ def keep_also_as(path: Path, alias: Path) -> None:
 
 def prune(run: str | Path, keep: int) -> None:
     """Remove all but the newest ``keep`` step checkpoints, and what an interrupted write may have left."""
-    left_over = checkpoint_dir(run).glob(".*.ckpt.*.tmp")
-    for path in (*step_checkpoints(run)[:-keep], *left_over):
+    _remove(step_checkpoints(run)[:-keep])
+    remove_unfinished(run)
+
+
+def remove_unfinished(run: str | Path) -> None:
+    """Remove what an interrupted write may have left. No other process may be writing there."""
+    _remove(checkpoint_dir(run).glob(".*.ckpt.*.tmp"))
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
         with contextlib.suppress(OSError):  # what cannot be removed, a folder of that name say, is no reason to stop
             path.unlink()
+
+
+def set_aside(run: str | Path, latest: Path) -> None:
+    """Rename the step checkpoints newer than ``latest``, which were found damaged, to ``*.ckpt.damaged``.
+
+    Otherwise they would count among the newest, and ``prune`` would remove whole ones for them. Raises CheckpointError.
+    """
+    steps = step_checkpoints(run)
+    for path in steps[steps.index(latest) + 1 :]:
+        try:
+            path.replace(path.with_name(path.name + ".damaged"))
+        except OSError as error:
+            raise CheckpointError(f"cannot set aside the damaged checkpoint {path}: {error}") from error
+        logger.warning("%s is damaged: it was renamed to %s.damaged", path, path.name)
 
 
 def _append_checksum(path: Path) -> None:
@@ -587,11 +610,15 @@ def _is_pool(value: Any) -> bool:
 
 
 def _is_history(value: Any) -> bool:
-    if not isinstance(value, dict) or not all(isinstance(value.get(key), list) for key in ("names", "rows")):
+    """Names and values [steps, names]; in the first version a list of rows [names] instead."""
+    if not isinstance(value, dict) or not isinstance(value.get("names"), list):
         return False
-    shape = (len(value["names"]),)
-    return all(isinstance(name, str) for name in value["names"]) and all(
-        isinstance(row, Tensor) and row.is_floating_point() and row.shape == shape for row in value["rows"]
+    rows, dim = (value.get("rows"), 1) if "rows" in value else ([value.get("values")], 2)
+    return (
+        all(isinstance(name, str) for name in value["names"])
+        and isinstance(rows, list)
+        and all(isinstance(row, Tensor) and row.is_floating_point() and row.dim() == dim for row in rows)
+        and all(row.shape[-1] == len(value["names"]) for row in rows)
     )
 
 
@@ -600,7 +627,12 @@ def _is_digest(value: Any) -> bool:
         isinstance(value, dict)
         and all(_is_number(value.get(key), 0, int) for key in ("count_A", "count_B"))
         and isinstance(value.get("names"), str)
+        and ("files" not in value or _is_files(value["files"], value["count_A"] + value["count_B"]))
     )
+
+
+def _is_files(value: Any, count: int) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.int64 and value.shape == (count,)
 
 
 def _is_settings(value: Any) -> bool:
@@ -618,8 +650,9 @@ _PARTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "pools": (_is_pools, "two image pools, A and B, with size, count and pictures [N, C, H, W]"),
     "position": (_is_position, "a position: step >= 0, steps_per_epoch and pairs_per_step >= 1, all integers"),
     "best": (_is_number, "a number"),
+    "best_step": (lambda value: _is_number(value, 0, int), "a step"),
     "history": (_is_history, "names and as many scalars a step"),
-    "data": (_is_digest, "count_A, count_B and names of the pictures"),
+    "data": (_is_digest, "count_A, count_B and names of the pictures, and as many hashes of their files"),
     "provenance": (_is_settings, "a dictionary of words by name"),
 }
 _OPTIMIZED = {"optimizer_G": ("G_A", "G_B"), "optimizer_D": ("D_A", "D_B")}

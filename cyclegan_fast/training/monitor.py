@@ -14,22 +14,25 @@ The speed figures of a reading are those of the whole time since the last one, c
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
+import os
 import platform
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from cyclegan_fast.models.cost import Work
+from cyclegan_fast.progress import Bar
 from cyclegan_fast.roofline import Roofline
 
 logger = logging.getLogger("cyclegan_fast.monitor")
@@ -38,41 +41,61 @@ SCALARS = "scalars.jsonl"
 # The bar shows few of the scalars: one of each kind.
 _BAR = ("G_A", "G_B", "cycle_A", "cycle_B", "D_A", "D_B")
 _SPEED = ("pairs_per_s", "data_wait", "memory_gb", "tflops", "mfu", "bandwidth")
+_BLOCK = 1000  # rows of a history that become one tensor
+_WAITING_BYTES = 64 << 20  # of lines that could not be written yet
 _GROUPS = {"lr": "training", **dict.fromkeys(_SPEED, "speed")}
 
 
 class History:
-    """Scalars of the steps since the last reading, kept on the device."""
+    """Scalars of the steps since the last reading, kept on the device.
+
+    Rows are joined a thousand at a time: a checkpoint then holds one tensor, and 50,000 steps are not as many.
+    """
 
     def __init__(self) -> None:
         self._names: list[str] = []
+        self._blocks: list[Tensor] = []
         self._rows: list[Tensor] = []
         self._last: dict[str, Tensor] = {}
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return sum(len(block) for block in self._blocks) + len(self._rows)
 
     def append(self, scalars: dict[str, Tensor]) -> None:
-        """Keep one step's scalars [] float32. Those that not every step has are read from the last step only."""
-        if not self._rows:
+        """Keep one step's scalars [] float32. Those that the first step did not have are read from the last step only.
+
+        Raises KeyError when one is missing that the first step had.
+        """
+        if not len(self):
             self._names = list(scalars)
         self._rows.append(torch.stack([scalars[name] for name in self._names]))
+        if len(self._rows) == _BLOCK:
+            self._blocks.append(torch.stack(self._rows))
+            self._rows = []
         self._last = {name: value for name, value in scalars.items() if name not in self._names}
+
+    def peek(self) -> tuple[list[str], Tensor]:
+        """Names and values [steps, names] on the device, steps >= 0."""
+        rows = [torch.stack(self._rows)] if self._rows else []
+        blocks = [*self._blocks, *rows]
+        return list(self._names), torch.cat(blocks) if blocks else torch.empty(0, len(self._names))
 
     def take(self) -> tuple[list[str], Tensor, dict[str, Tensor]]:
         """Names, values [steps, names] on the device and the last step's extra scalars; forgets them."""
-        taken = self._names, torch.stack(self._rows), self._last
-        self._rows, self._last = [], {}
+        taken = *self.peek(), self._last
+        self._blocks, self._rows, self._last = [], [], {}
         return taken
 
     def state_dict(self) -> dict[str, Any]:
         """The steps not read yet, so that a resumed run's records are those of an uninterrupted one."""
-        return {"names": list(self._names), "rows": [row.clone() for row in self._rows]}
+        names, values = self.peek()
+        return {"names": names, "values": values}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Continue where ``state_dict`` left off."""
-        self._names, self._rows = list(state["names"]), [row.to(device) for row in state["rows"]]
-        self._last = {}
+        """Continue where ``state_dict`` left off, in this version or in the first, which had a list of rows."""
+        blocks = [torch.stack(state["rows"])] if state.get("rows") else [state["values"]] if "values" in state else []
+        self._names, self._rows, self._last = list(state["names"]), [], {}
+        self._blocks = [block.to(device) for block in blocks if len(block)]
 
 
 class Monitor:
@@ -102,9 +125,10 @@ class Monitor:
         self.steps_per_epoch = steps_per_epoch
         self.pairs_per_step = pairs_per_step
         self._work, self._roofline, self._precision = work, roofline, precision
-        self._writer: Any = None
-        self._lines: TextIO | None = None
-        self._bar: tqdm[Any] | None = None
+        self._board: _Board | None = None
+        self._lines: _Lines | None = None
+        self._bar: Bar | None = None
+        self._pictures_fail = False
         self._last_time, self._last_step = time.perf_counter(), step
         self._wait = 0.0
         if not active:
@@ -114,10 +138,10 @@ class Monitor:
                 "what share of the device's speed is reached is not shown, as that was never measured: "
                 "`cyclegan-fast doctor --measure` does it, once, in some seconds"
             )
-        self._lines = _open_scalars(run_dir / SCALARS, step)
+        self._lines = _Lines(run_dir / SCALARS, step)
         if tensorboard:
-            self._writer = _open_tensorboard(run_dir / "tensorboard", step)
-        self._bar = tqdm(
+            self._board = _Board(run_dir / "tensorboard", step)
+        self._bar = Bar(
             total=total_steps,
             initial=step,
             unit="step",
@@ -144,13 +168,11 @@ class Monitor:
         self._last_time, self._last_step, self._wait = now, step, 0.0
         epoch = step / self.steps_per_epoch
         if self._lines is not None:
-            record = {"step": step, "epoch": round(epoch, 6), "time": round(time.time(), 3), **scalars}
-            self._lines.write(json.dumps(record) + "\n")
-            self._lines.flush()
-        if self._writer is not None:
+            self._lines.write({"step": step, "epoch": round(epoch, 6), "time": round(time.time(), 3), **scalars})
+        if self._board is not None:
             for name, value in scalars.items():
-                self._writer.add_scalar(f"{_group(name)}/{name}", value, step)
-            self._writer.add_scalar("training/epoch", epoch, step)
+                self._board.add("scalar", f"{_group(name)}/{name}", value, step)
+            self._board.add("scalar", "training/epoch", epoch, step)
         if self._bar is not None:
             shown = {name: f"{scalars[name]:.3f}" for name in _BAR if name in scalars}
             text = " ".join(f"{name} {value}" for name, value in shown.items())
@@ -177,29 +199,39 @@ class Monitor:
         """Record measures taken on the test samples."""
         if self._lines is not None:
             epoch = round(step / self.steps_per_epoch, 6)
-            record = {"step": step, "epoch": epoch, "time": round(time.time(), 3), **values}
-            self._lines.write(json.dumps(record) + "\n")
-            self._lines.flush()
-        if self._writer is not None:
+            self._lines.write({"step": step, "epoch": epoch, "time": round(time.time(), 3), **values})
+        if self._board is not None:
             for name, value in values.items():
-                self._writer.add_scalar(f"test/{name}", value, step)
+                self._board.add("scalar", f"test/{name}", value, step)
 
     def picture(self, step: int, name: str, image: Image.Image) -> None:
         """Keep a picture grid as a file of the run and in TensorBoard."""
         folder = self.run_dir / "samples"
-        folder.mkdir(exist_ok=True)
-        image.save(folder / f"{name}-step-{step:08d}.jpg", quality=92)
-        if self._writer is not None:
-            self._writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+        try:
+            folder.mkdir(exist_ok=True)
+            image.save(folder / f"{name}-step-{step:08d}.jpg", quality=92)
+        except OSError as error:
+            if not self._pictures_fail:
+                logger.warning("%s: picture grids cannot be kept: %s; training goes on", folder, error)
+            self._pictures_fail = True
+        if self._board is not None:
+            self._board.add("image", name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
     def text(self, name: str, text: str) -> None:
         """Show a text in TensorBoard, line by line."""
-        if self._writer is not None:
-            self._writer.add_text(name, "    " + text.replace("\n", "\n    "))
+        if self._board is not None:
+            self._board.add("text", name, "    " + text.replace("\n", "\n    "))
+
+    def flush(self) -> None:
+        """Bring to the disk what a checkpoint is about to put behind it: a resumed run does not record it again."""
+        if self._lines is not None:
+            self._lines.flush()
+        if self._board is not None:
+            self._board.flush()
 
     def close(self) -> None:
         """Flush and close everything."""
-        for part in (self._bar, self._lines, self._writer):
+        for part in (self._bar, self._lines, self._board):
             if part is not None:
                 part.close()
 
@@ -234,23 +266,102 @@ def _group(name: str) -> str:
     return "scores" if name.endswith(("_real", "_fake")) else "loss"
 
 
-def _open_scalars(path: Path, step: int) -> TextIO:
+class _Lines:
+    """Records as JSON lines behind those of a file. Lines that cannot be written wait in memory and are tried again."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self._path, self._step = path, step
+        self._file: int | None = None
+        self._waiting = b""
+        self._failed = False
+        self.flush()
+
+    def write(self, record: dict[str, Any]) -> None:
+        if len(self._waiting) < _WAITING_BYTES:
+            self._waiting += json.dumps(record).encode() + b"\n"
+        self.flush()
+
+    def flush(self) -> None:
+        try:
+            if self._file is None:
+                self._file = _open_scalars(self._path, self._step)
+            while self._waiting:
+                self._waiting = self._waiting[os.write(self._file, self._waiting) :]
+        except OSError as error:
+            if not self._failed:
+                logger.warning(
+                    "%s: the losses cannot be recorded: %s; training goes on, and tries again at every reading",
+                    *(self._path, error.strerror or error),
+                )
+            self._failed = True
+
+    def close(self) -> None:
+        self.flush()
+        if self._waiting:
+            logger.warning("%s: lacks the last %d records", self._path, self._waiting.count(b"\n"))
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+
+def _open_scalars(path: Path, step: int) -> int:
     """Open the JSON lines for appending, without lines after ``step``: a resumed run writes those again."""
     kept = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_bytes().splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 logger.warning("%s: left out a line that is not a record (a write that was cut off?)", path)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    temporary.replace(path)
-    return path.open("a", encoding="utf-8")
+    try:
+        with temporary.open("wb") as file:
+            file.write(b"".join(line + b"\n" for line in kept))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return os.open(path, os.O_WRONLY | os.O_APPEND | getattr(os, "O_BINARY", 0))
 
 
-def _open_tensorboard(folder: Path, step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
+class _Board:
+    """TensorBoard's events. What they are worth is not worth a run: at the first failure they end, with a warning."""
 
-    return SummaryWriter(str(folder), purge_step=step + 1 if step else None, max_queue=1000, flush_secs=20)
+    def __init__(self, folder: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._folder = folder
+        self._writer: Any = None
+        with self._ending():
+            purge = step + 1 if step else None
+            self._writer = SummaryWriter(str(folder), purge_step=purge, max_queue=1000, flush_secs=20)
+
+    def add(self, kind: str, *arguments: Any, **options: Any) -> None:
+        """Add a scalar, an image or a text."""
+        if self._writer is not None:
+            with self._ending():
+                getattr(self._writer, f"add_{kind}")(*arguments, **options)
+
+    def flush(self) -> None:
+        if self._writer is not None:
+            with self._ending():
+                self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            with self._ending():
+                self._writer.close()
+        self._writer = None
+
+    @contextlib.contextmanager
+    def _ending(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever TensorBoard raises, from its thread too
+            logger.warning("%s: TensorBoard's events cannot be kept: %s; training goes on", self._folder, error)
+            writer, self._writer = self._writer, None
+            with contextlib.suppress(Exception):
+                writer.close()

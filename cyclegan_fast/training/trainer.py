@@ -10,12 +10,13 @@ import contextlib
 import hashlib
 import logging
 import math
+import os
 import platform
 import signal
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from cyclegan_fast.training import checkpoint as ckpt
 from cyclegan_fast.training.build import build_networks, build_state, executed, resolved_impl
 from cyclegan_fast.training.graph import CudaRecorder, Draws, GraphStep, Packed, Recorder, draw_fields, step_batch
 from cyclegan_fast.training.image_pool import ImagePool, pool_draws
+from cyclegan_fast.training.lock import run_lock
 from cyclegan_fast.training.monitor import SCALARS, History, Monitor
 from cyclegan_fast.training.process import catch_signals, process_settings
 from cyclegan_fast.training.samples import Samples
@@ -58,6 +60,8 @@ _FREE: tuple[str, ...] = (
     *(f"training.{name}" for name in ("mode", "impl", "recompute", "streams", "deterministic", "device", "threads")),
     "training.compile",  # of checkpoints before there was training.mode
 )
+_LEAST_SCALE = 2.0**-10  # fp16: below it every gradient overflows, and no scale will help
+_LISTED = 5  # names in one message
 
 
 class RunExistsError(InputError):
@@ -65,7 +69,7 @@ class RunExistsError(InputError):
 
 
 class NonFiniteLossError(RuntimeError):
-    """A loss or a weight is no longer a number; the message names step, losses and pictures."""
+    """A loss, a gradient or a weight is no longer a number; the message names these, the step and its pictures."""
 
 
 class Interrupted(Exception):  # noqa: N818 - it is not an error
@@ -80,8 +84,9 @@ def train(config: Config, *, resume: bool = False) -> Path:
     """Train as configured and return the run folder.
 
     With ``resume`` an earlier run in that folder is continued, if there is one. Raises RunExistsError when there is
-    one and ``resume`` is off, NonFiniteLossError when the training blows up, Interrupted after SIGTERM or SIGINT, and
-    what the configuration, the data and the checkpoints raise.
+    one and ``resume`` is off, RunLockedError when another process is at work there, NonFiniteLossError when the
+    training blows up, Interrupted after SIGTERM or SIGINT, and what the configuration, the data and the checkpoints
+    raise.
     """
     device = resolve_device(config.training.device)
     if device.type == "cuda" and device.index is None:
@@ -90,7 +95,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
         torch.cuda.set_device(device)
     distributed.init(device)
     try:
-        with process_settings(config, device):
+        with process_settings(config, device), _locked(config):
             trainer = Trainer(config, device, resume=resume)
             trainer.fit()
         return config.run_dir
@@ -124,10 +129,14 @@ class Trainer:
         )
         self.history = History()
         self.step = 0
-        self.best = math.inf
+        self.best, self.best_step = math.inf, 0
+        self._monitor: Monitor | None = None
+        self._healthy_step = -1
         self._lr = config.training.lr
         if found is not None:
             self._load(*found)
+        if distributed.is_main():
+            _write_config(config)
         distributed.broadcast_parameters(self.modules.values())
         self._draws = Packed(draw_fields(*self._counts), device)
         self._graph = self._open_graph() if config.training.mode == "graph" else None
@@ -157,7 +166,7 @@ class Trainer:
         total, votes = self.total_steps, distributed.StopVote()
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(catch_signals())
-            monitor = stack.enter_context(contextlib.closing(self._open_monitor(total)))
+            self._monitor = monitor = stack.enter_context(contextlib.closing(self._open_monitor(total)))
             if self._graph is not None:
                 stack.callback(self._graph.graph.release)  # before the process group goes
             batches = stack.enter_context(contextlib.closing(self._batches(total)))
@@ -169,7 +178,7 @@ class Trainer:
                 lr = self._learning_rate(batch.epoch)
                 last = self.step + 1 == total
                 reading = last or (self.step + 1) % self.config.monitor.log_every == 0
-                self.history.append(self._take_step(batch, lr, measure=reading))
+                self.history.append(self._take_step(batch, lr))
                 self.step += 1
                 monitor.step_done()
 
@@ -178,23 +187,39 @@ class Trainer:
                 if last or self._due(self.config.monitor.images_every):
                     self._show_samples(monitor)
                 if last or self._due(self.config.checkpoint.every_epochs) or self._milestone():
-                    self._save(is_best=self._evaluate(monitor))
+                    self._evaluate(monitor)
+                    self._save()
                 elif self._overdue():
                     self._save()
                 if votes.cast(stop.signum is not None) and not last:
                     self._save()
                     raise Interrupted(stop.signum or signal.SIGTERM, self.step)
             votes.settle()
-        if distributed.is_main() and (self.run_dir / SCALARS).stat().st_size:
-            curves_figure(self.run_dir / SCALARS, self.run_dir / "training_curves.png")
+        if distributed.is_main():
+            self._draw_curves()
+
+    def _draw_curves(self) -> None:
+        """The training curves, if there are records: a picture is not worth a run that is done."""
+        scalars = self.run_dir / SCALARS
+        with contextlib.suppress(OSError):
+            if scalars.stat().st_size == 0:
+                return
+        try:
+            curves_figure(scalars, self.run_dir / "training_curves.png")
+        except (InputError, OSError) as error:
+            logger.warning("no training curves: %s", error)
 
     def _batches(self, total: int) -> Generator[Batch | Plan, None, None]:
         """What the remaining steps read: pictures, or, where a graph makes them, which pictures."""
         loader = self.data.loader
         yield from loader.iterate(self.step, total) if self._graph is None else loader.plans(self.step, total)
 
-    def _take_step(self, batch: Batch | Plan, lr: float, *, measure: bool) -> dict[str, Tensor]:
-        """One optimiser step; returns its scalars, on the device."""
+    def _take_step(self, batch: Batch | Plan, lr: float) -> dict[str, Tensor]:
+        """One optimiser step; returns its scalars, on the device.
+
+        The gradients' norms are always among them: they are how a gradient that is no number is seen, at the next
+        reading and in the step in which it came up, for one reading of the gradients and no wait.
+        """
         if self.config.model.dropout:  # the only use of torch's own generator in a step
             torch.manual_seed(hash((self.config.seed, self.step, distributed.rank())) & 0x7FFF_FFFF)
         draws = self._draw()
@@ -202,9 +227,9 @@ class Trainer:
             if self._graph is None:
                 raise RuntimeError("a step without its pictures needs a graph that makes them")
             A, B = batch.A, batch.B
-            return self._graph((A.places, B.places), (A.cut, B.cut), draws, lr, measure=measure)
+            return self._graph((A.places, B.places), (A.cut, B.cut), draws, lr, measure=True)
         self._draws.load(draws._asdict())
-        return train_step(self.state, step_batch(self._draws.views, batch.real_A, batch.real_B), measure=measure)
+        return train_step(self.state, step_batch(self._draws.views, batch.real_A, batch.real_B), measure=True)
 
     def _learning_rate(self, epoch: int) -> float:
         """The learning rate of an epoch, which the optimisers have from here on: a graph takes it with its inputs."""
@@ -229,37 +254,87 @@ class Trainer:
         return Draws(*pools, *alphas)
 
     def _read(self) -> dict[str, float]:
-        """Mean scalars since the last reading, over steps and ranks; the one place where the host waits.
+        """Scalars since the last reading; the one place where the host waits.
 
-        Raises NonFiniteLossError at the first step with a loss that is no number.
+        They are means over steps and ranks, but the gradients' norms those of the last step. Raises NonFiniteLossError
+        at the first step with a loss or a gradient that is no number.
         """
-        steps = len(self.history)
+        names, values = self.history.peek()
+        bad = self._first_bad(names, values)
+        if distributed.any_rank(bad is not None):  # all ranks stop together
+            self._report_non_finite(*(bad or (self.step, [])), together=True)
+        scaler = self.state.scaler
+        if scaler.is_enabled() and scaler.get_scale() < _LEAST_SCALE:
+            what = f"every gradient at every loss scale down to {scaler.get_scale():.2g}"
+            self._report_non_finite(self.step, [what], together=True)
         names, values, extra = self.history.take()
-        finite = values.isfinite().all(dim=0)
-        healthy = bool(finite.all())
-        if distributed.any_rank(not healthy):  # all ranks stop together
-            bad_rows = (~values.isfinite()).any(dim=1).nonzero().flatten().tolist()
-            self._report_non_finite(
-                self.step - steps + (bad_rows[0] if bad_rows else 0),
-                [name for name, good in zip(names, finite.tolist(), strict=True) if not good],
-                together=True,
-            )
-        means = distributed.average(values.mean(dim=0)).tolist()
-        return dict(zip(names, means, strict=True)) | {name: float(value) for name, value in extra.items()}
+        means = dict(zip(names, distributed.average(values.mean(dim=0)).tolist(), strict=True))
+        last = dict(zip(names, values[-1].tolist(), strict=True)) | {
+            name: float(value) for name, value in extra.items()
+        }
+        return means | {name: value for name, value in last.items() if _is_norm(name)}
 
-    def _report_non_finite(self, step: int, names: list[str], *, together: bool) -> None:
-        batch = self.data.loader.batch(step)
+    def _first_bad(self, names: list[str], values: Tensor) -> tuple[int, list[str]] | None:
+        """The first step of these with scalars that are no numbers, and their names; waits for the device.
+
+        A loss scaler lets gradients overflow and leaves such steps out.
+        """
+        checked = [i for i, name in enumerate(names) if not (_is_norm(name) and self.state.scaler.is_enabled())]
+        finite = values[:, checked].isfinite()
+        if bool(finite.all()):
+            return None
+        row = int((~finite).any(dim=1).nonzero()[0])
+        bad = [names[i] for i, good in zip(checked, finite[row].tolist(), strict=True) if not good]
+        return self.step - len(values) + row + 1, bad
+
+    def _check_health(self) -> None:
+        """Raise NonFiniteLossError if a checkpoint of this moment would hold anything that is no number."""
+        if self._healthy_step == self.step:
+            return
+        if (bad := self._first_bad(*self.history.peek())) is not None:
+            self._report_non_finite(*bad, together=False)
+        # A finite sum of squares has finite terms, and on a CPU it is ten times as fast as looking at each.
+        norm = torch.nn.utils.get_total_norm([tensor for _, tensor in self._trained()])
+        if not math.isfinite(float(norm)) and self._broken():
+            self._report_non_finite(self.step, [], together=False)
+        self._healthy_step = self.step
+
+    def _broken(self) -> list[str]:
+        """Names of the weights and moments that are not all numbers."""
+        return [name for name, tensor in self._trained() if not bool(tensor.isfinite().all())]
+
+    def _trained(self) -> Iterator[tuple[str, Tensor]]:
+        """All weights and moments by name."""
+        for name, module in self.modules.items():
+            yield from ((f"{name}.{key}", value) for key, value in module.state_dict().items())
+        weights = {id(p): f"{name}.{key}" for name, m in self.modules.items() for key, p in m.named_parameters()}
+        for optimizer in (self.state.optimizer_G, self.state.optimizer_D):
+            for parameter, moments in optimizer.state.items():
+                yield from (
+                    (f"{key} of {weights[id(parameter)]}", value) for key, value in moments.items() if key != "step"
+                )
+
+    def _report_non_finite(self, step: int, names: list[str], *, together: bool) -> NoReturn:
+        """Keep the state to look at and raise NonFiniteLossError; ``step`` counts from 1, ``names`` of its scalars."""
+        batch = self.data.loader.batch(step - 1)
         names_A, names_B = self.data.loader.names_of(batch.index_A, batch.index_B)
-        path = ckpt.checkpoint_dir(self.run_dir) / f"nonfinite-{step + 1:08d}.ckpt"
+        broken = self._broken()
+        kept = ""
         if distributed.is_main():
-            ckpt.write_checkpoint(path, self._content())
+            path = ckpt.checkpoint_dir(self.run_dir) / f"nonfinite-{self.step:08d}.ckpt"
+            try:
+                ckpt.write_checkpoint(path, self._content())
+                kept = f" The state after step {self.step} is in {path}."
+            except ckpt.CheckpointError as error:  # what is wrong with the training says more than a full disk
+                kept = f" The state could not be kept: {error}."
         if together:
             distributed.any_rank(True)  # no rank leaves before the file is whole: torchrun ends them all with the first
-        which = ", ".join(names) if names else "a loss of another rank"
+        what = ", ".join(names) or (_listed(broken) if broken else "a loss of another rank")
+        where = f" No numbers after step {self.step}: {_listed(broken)}." if names and broken else ""
         raise NonFiniteLossError(
-            f"{which} became infinite or NaN in step {step + 1} (epoch {batch.epoch}); the pictures of that step: "
-            f"A {', '.join(names_A)}; B {', '.join(names_B)}. The state at the time of reading is in {path}; the "
-            "checkpoints before it are untouched. A lower training.lr, or precision fp32, often helps"
+            f"{what} became infinite or NaN in step {step} (epoch {batch.epoch}); the pictures of that step: "
+            f"A {', '.join(names_A)}; B {', '.join(names_B)}.{where}{kept} The checkpoints before it are untouched. A "
+            "lower training.lr, or precision fp32, often helps"
         )
 
     def _due(self, every_epochs: float) -> bool:
@@ -284,34 +359,38 @@ class Trainer:
             for name, image in self.samples.grids(f"{self.config.name}, epoch {epoch:.2f}, step {self.step}"):
                 monitor.picture(self.step, name, image)
 
-    def _evaluate(self, monitor: Monitor) -> bool:
-        """Measure the fixed test samples; returns whether this is the best state so far."""
+    def _evaluate(self, monitor: Monitor) -> None:
+        """Measure the fixed test samples, and remember it if this is the best state so far."""
         if not distributed.is_main() or self.config.checkpoint.best == "none":
-            return False
+            return
+        self._check_health()
         measures = self.samples.measure()
         monitor.measured(self.step, measures)
         value = measures[f"test_{self.config.checkpoint.best}"]
-        is_best = value < self.best
-        self.best = min(value, self.best)
-        return is_best
+        if value < self.best:  # never with NaN, which a test picture may give where the training pictures do not
+            self.best, self.best_step = value, self.step
 
-    def _save(self, is_best: bool = False) -> None:
+    def _save(self) -> None:
         """Write the checkpoint of this step, keep it under its further names, drop old ones."""
         self._saved_at = time.monotonic()
         if not distributed.is_main():
             return
-        finite = [p.detach().isfinite().all() for module in self.modules.values() for p in module.parameters()]
-        if not bool(torch.stack(finite).all()):
-            self._report_non_finite(self.step - 1, ["a weight"], together=False)
+        self._check_health()
+        if self._monitor is not None:
+            self._monitor.flush()
         path = ckpt.step_path(self.run_dir, self.step)
         if self._saved_step != self.step or not path.exists():
             ckpt.write_checkpoint(path, self._content())
             self._saved_step = self.step
-        if is_best:
+        self._keep_also(path)
+        ckpt.prune(self.run_dir, self.config.checkpoint.keep)
+
+    def _keep_also(self, path: Path) -> None:
+        """Keep the checkpoint of this step under its further names: also when resumed from, in case that was lost."""
+        if self.best_step == self.step and self.step:
             ckpt.keep_also_as(path, ckpt.checkpoint_dir(self.run_dir) / "best.ckpt")
         if (epoch := self._milestone()) is not None:
             ckpt.keep_also_as(path, ckpt.milestone_path(self.run_dir, epoch))
-        ckpt.prune(self.run_dir, self.config.checkpoint.keep)
 
     def _content(self) -> dict[str, Any]:
         """All that a run consists of at this moment."""
@@ -330,6 +409,7 @@ class Trainer:
                 "pairs_per_step": self.pairs_per_step,
             },
             "best": self.best,
+            "best_step": self.best_step,
             "history": self.history.state_dict(),
             "data": self._digest,
             "provenance": {
@@ -352,10 +432,10 @@ class Trainer:
                 f"{path} holds no {', '.join(missing)}: it can translate, but a run cannot be continued from it"
             )
         position = content["position"]
-        if content["data"] != self._digest:
+        if difference := _difference(content["data"], self._digest, self.data):
             raise ckpt.CheckpointError(
-                f"the pictures are not those that {path} was trained on ({_digest_words(content['data'])} then, "
-                f"{_digest_words(self._digest)} now): restore them, or start a new run"
+                f"the pictures are not those that {path} was trained on ({difference}): restore them, or start a new "
+                "run"
             )
         if position["pairs_per_step"] != self.pairs_per_step:
             raise ConfigError(
@@ -373,8 +453,9 @@ class Trainer:
         except (RuntimeError, ValueError, KeyError) as error:
             raise ckpt.CheckpointError(f"{path} does not fit this configuration: {error}") from error
         self.history.load_state_dict(content["history"], self.device)
-        self.step, self.best = position["step"], content["best"]
+        self.step, self.best, self.best_step = position["step"], content["best"], content.get("best_step", 0)
         if distributed.is_main():
+            self._keep_also(path)
             logger.info("resumed from %s: step %d of %d", path, self.step, self.total_steps)
 
     def _open_graph(self) -> GraphStep | None:
@@ -428,23 +509,56 @@ class Trainer:
         return cost.training_step(step) + cost.weights(step) + cost.optimiser(step)
 
 
+@contextlib.contextmanager
+def _locked(config: Config) -> Iterator[None]:
+    """The run folder, for this run alone: the first process holds its lock. Raises RunLockedError, ConfigError."""
+    with contextlib.ExitStack() as stack:
+        with distributed.main_first():
+            if distributed.is_main():
+                with _writing(config):
+                    stack.enter_context(run_lock(config.run_dir))
+        yield
+
+
+@contextlib.contextmanager
+def _writing(config: Config) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        what = f"cannot write the folder {config.run_dir}: {error.strerror}"
+        raise ConfigError(f"out = {config.out!r}: {what}") from error
+
+
 def _prepare_run(config: Config, resume: bool) -> tuple[Path, dict[str, Any]] | None:
-    """Make the run folder and find what to resume from. Raises RunExistsError, ConfigError, CheckpointError."""
+    """Find what to resume from, and clear away what a killed run left. Raises RunExistsError, CheckpointError."""
     run_dir = config.run_dir
     with distributed.main_first():
         found = ckpt.read_latest(run_dir) if resume else None
         if not distributed.is_main():
             return found
+        ckpt.remove_unfinished(run_dir)
         if not resume and ckpt.checkpoint_dir(run_dir).is_dir() and any(ckpt.checkpoint_dir(run_dir).iterdir()):
             raise RunExistsError(
                 f"{run_dir} holds a run already: continue it with --resume, or choose another `name` or `out`"
             )
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"out = {config.out!r}: cannot write the folder {run_dir}: {error.strerror}") from error
+        if found is not None:
+            ckpt.set_aside(run_dir, found[0])
     return found
+
+
+def _write_config(config: Config) -> None:
+    """Keep the settings with the run, whole or not at all: `--resume RUN` reads them. Raises ConfigError."""
+    path, text = config.run_dir / "config.yaml", to_yaml(config)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with _writing(config):
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def _recorder(device: torch.device) -> Recorder | None:
@@ -477,14 +591,37 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _digest(data: TrainingData) -> dict[str, Any]:
-    """What tells whether the pictures are the same: their number and, hashed, their names in order."""
+    """What tells whether the pictures are the same: their number, their names in order, and 64 bits of each file."""
     names_A, names_B = data.loader.names
     text = "\0".join([*names_A, "", *names_B])
     return {
         "count_A": len(names_A),
         "count_B": len(names_B),
         "names": hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest(),
+        "files": torch.from_numpy(np.concatenate(data.loader.digests)),
     }
+
+
+def _difference(then: dict[str, Any], now: dict[str, Any], data: TrainingData) -> str | None:
+    """How the pictures differ from those of a checkpoint, in words; None if they do not.
+
+    Checkpoints of the first version know the names alone.
+    """
+    if any(then[key] != now[key] for key in ("count_A", "count_B", "names")):
+        return f"{_digest_words(then)} then, {_digest_words(now)} now"
+    changed = (then.get("files", now["files"]) != now["files"]).nonzero().flatten().tolist()
+    names = [f"train{domain}/{name}" for domain, part in zip("AB", data.loader.names, strict=True) for name in part]
+    return f"other content: {_listed([names[i] for i in changed])}" if changed else None
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def _is_norm(name: str) -> bool:
+    """Whether a scalar is the norm of a gradient."""
+    return name.startswith("grad_")
 
 
 def _digest_words(digest: dict[str, Any]) -> str:

@@ -818,7 +818,7 @@ class TestWorkers:
         def interrupt(*_: Any) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(store_module.tqdm, "update", interrupt)
+        monkeypatch.setattr(store_module.Bar, "update", interrupt)
         with pytest.raises(KeyboardInterrupt):
             open_store(scan(tmp_path / "in"), SQUARE, cache=cache, split="trainA", workers=2)
         assert started

@@ -54,7 +54,7 @@ def assert_same_state(one: Path, two: Path, *, but: tuple[str, ...] = ()) -> Non
     """
     states = [ckpt.read_checkpoint(ckpt.find_checkpoint(run)) for run in (one, two)]
     for state in states:
-        for name in ("config", "provenance", *but):
+        for name in ("config", "provenance", *but, *(["best_step"] if "best" in but else [])):
             del state[name]
     first, second = (flat(state) for state in states)
     assert first.keys() == second.keys()
