@@ -189,5 +189,7 @@ def gather_batch(images: Tensor) -> Tensor:
     channels_last = images.is_contiguous(memory_format=torch.channels_last)
     images = images.contiguous()
     gathered = images.new_empty((world_size() * images.shape[0], *images.shape[1:]))
-    dist.all_gather_into_tensor(gathered, images)
+    # The name that later versions of torch prefer, where there is one.
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+    gather(gathered, images)
     return gathered.contiguous(memory_format=torch.channels_last) if channels_last else gathered

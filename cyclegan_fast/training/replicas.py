@@ -59,7 +59,7 @@ class Replicas:
         values = torch.stack([*(fingerprint(part).cpu() for part in tensors), torch.tensor(step)])
         held = distributed.disagreement(values)
         if held is not None:
-            raise ReplicaError(_message([*names, "the number of steps"], held, step, self._equal_at))
+            raise ReplicaError(_message([*names, "the number of steps"], held, self._equal_at))
         self._equal_at = step
 
 
@@ -90,9 +90,12 @@ def _words(tensor: Tensor) -> Tensor:
     return bits.view(torch.int32) if tensor.element_size() == 8 else bits.to(torch.int32)
 
 
-def _message(names: list[str], held: Tensor, step: int, equal_at: int | None) -> str:
-    """What differs on which ranks from what most of them hold (where there is no majority: from the lowest rank's)."""
-    found = []
+def _message(names: list[str], held: Tensor, equal_at: int | None) -> str:
+    """What differs on which ranks from what most of them hold (where there is no majority: from the lowest rank's).
+
+    held: int64 [ranks, names], the last column the number of steps. The same on every rank.
+    """
+    found, step = [], int(held[0, -1])
     for name, values in zip(names, held.T.tolist(), strict=True):
         common = max(Counter(values).items(), key=lambda item: (item[1], -values.index(item[0])))[0]
         others = [rank for rank, value in enumerate(values) if value != common]
