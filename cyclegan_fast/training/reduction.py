@@ -157,8 +157,10 @@ class _Bucket:
 
     def send(self) -> Callable[[], None]:
         """Start on the means; what is returned waits for them."""
-        if self._stream is not None:  # another network's bucket, in another stream, may have been the one to wait for
-            torch.cuda.current_stream(self._flat.device).wait_stream(self._stream)
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self._flat.device)
+            if current != self._stream:  # the bucket it had to wait for is of a network that runs in another stream
+                current.wait_stream(self._stream)
         return distributed.begin_mean(self._flat, self._wire)
 
 

@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cyclegan_fast import distributed
@@ -72,8 +71,8 @@ def fingerprint(tensors: Iterable[Tensor]) -> Tensor:
     words = [_words(tensor) for tensor in tensors]
     if not words:
         return torch.zeros((), dtype=torch.int64)
-    flat = torch.cat(words)
-    flat = F.pad(flat, (0, -flat.numel() % _COLUMNS)).view(-1, _COLUMNS)
+    padding = words[0].new_zeros(-sum(word.numel() for word in words) % _COLUMNS)
+    flat = torch.cat([*words, padding]).view(-1, _COLUMNS)
     weights = torch.arange(1, _COLUMNS + flat.shape[0] + 1, device=flat.device) * _MIX | 1
     columns, rows = flat.sum(0, dtype=torch.int64), flat.sum(1, dtype=torch.int64)
     # A column's weight says where in its row a value stands, a row's in which row.

@@ -82,8 +82,9 @@ def train(config: Config, *, resume: bool = False) -> Path:
     """Train as configured and return the run folder.
 
     With ``resume`` an earlier run in that folder is continued, if there is one. Raises RunExistsError when there is
-    one and ``resume`` is off, NonFiniteLossError when the training blows up, Interrupted after SIGTERM or SIGINT, and
-    what the configuration, the data and the checkpoints raise.
+    one and ``resume`` is off, NonFiniteLossError when the training blows up, ReplicaError when the processes do not
+    hold the same state, Interrupted after SIGTERM or SIGINT, and what the configuration, the data and the checkpoints
+    raise.
     """
     device = resolve_device(config.training.device)
     if device.type == "cuda" and device.index is None:

@@ -92,9 +92,9 @@ class Tape(TorchDispatchMode):
                 if tensor.is_floating_point():
                     tensor.fill_(float("nan"))  # what is not computed anew would show
             result = func(*args, **kwargs)
-            for work in tree_leaves(result):
-                if isinstance(work, torch.ScriptObject) and hasattr(work, "wait"):  # a collective; a tape has no
-                    work.wait()  # streams, in which what comes later would wait for it
+            for work in tree_leaves(result):  # of a collective: a tape has no streams, in which others would wait
+                if isinstance(work, torch.ScriptObject) and hasattr(work, "wait"):
+                    work.wait()
             for old, new in zip(made, tensors(result), strict=bool(made)):
                 old.copy_(new)
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from cyclegan_fast import distributed
+from cyclegan_fast.cli import main
+from cyclegan_fast.training import trainer
 from cyclegan_fast.training.replicas import ReplicaError, Replicas, fingerprint
 
 
@@ -120,3 +122,14 @@ def test_one_process_computes_nothing() -> None:
         raise AssertionError("asked for")
 
     Replicas(never, every=1).check(1)
+
+
+def test_the_command_says_so_and_exits_with_the_documented_status(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def differ(*_: Any, **__: Any) -> None:
+        raise ReplicaError("D_B on rank 1")
+
+    monkeypatch.setattr(trainer, "train", differ)
+    assert main(["train", "training.steps=1"]) == 3
+    assert "cyclegan-fast: D_B on rank 1" in capsys.readouterr().err
