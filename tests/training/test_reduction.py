@@ -136,6 +136,19 @@ def test_parameters_that_no_loss_reaches_have_no_gradient_and_stop_nobody(collec
     assert collectives.log.index("send 1") < len(collectives.log) - 1 - collectives.log[::-1].index("backward is over")
 
 
+def test_nothing_of_an_earlier_step_is_sent_for_a_parameter_without_a_gradient(collectives: Collectives) -> None:
+    """Another process may have one: what it receives must be its own share, and no old gradient added to it."""
+    net = linear((4, 4))
+    reduction = BucketReduction([list(net.parameters())], bucket_bytes=10_000)
+    x = torch.rand(2, 4)
+    for loss in (net(x).sum(), (x @ net[0].weight).sum()):
+        net.zero_grad()
+        backward(reduction, loss)
+        reduction.finish()
+    assert net[0].bias.grad is None
+    assert float(collectives.tensors[-1].sum()) == pytest.approx(float(net[0].weight.grad.sum()))
+
+
 def test_a_gradient_that_comes_too_late_is_an_error(collectives: Collectives) -> None:
     """Nobody would average it: without an error the processes would go different ways."""
     net = linear((4, 4), (4, 4))
