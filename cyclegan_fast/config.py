@@ -28,6 +28,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
+    "DistributedConfig",
     "LossConfig",
     "ModelConfig",
     "MonitorConfig",
@@ -197,6 +198,12 @@ class TrainingConfig:
         1, "forward passes whose gradients are averaged into one optimiser step, count", low=1, high=65536
     )
     lr: float = _option(2e-4, "learning rate of all four networks", above=0)
+    lr_scaling: str = _option(
+        "none",
+        "what multiplies training.lr where a step has more than one pair (batch x accumulate x processes): nothing, "
+        "their number (`linear`), or its square root (`sqrt`). Quality is compared at equal updates: no recipe sets it",
+        choices=("none", "linear", "sqrt"),
+    )
     beta1: float = _option(0.5, "Adam's decay of the first moment", low=0, high=0.999999)
     beta2: float = _option(0.999, "Adam's decay of the second moment", low=0, high=0.999999)
     adam_eps: float = _option(1e-8, "Adam's epsilon", above=0)
@@ -235,6 +242,29 @@ class TrainingConfig:
     device: str = _option("auto", "auto (CUDA when there is one), cpu, cuda or cuda:N")
     threads: int = _option(
         0, "CPU threads of one process; 0: all cores, shared among the processes of a host", low=0, high=1024
+    )
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """How several processes work together; without effect on a single one."""
+
+    bucket_mb: float = _option(
+        25.0,
+        "gradients travel in buckets of at most this many 1e6 bytes, each as soon as the backward pass has filled it",
+        above=0,
+    )
+    compression: str = _option(
+        "none",
+        "`bf16`: gradients travel as bf16, half the bytes, and are summed in it, with an error of up to 2**-8 of their "
+        "size for each process; the mean is taken in fp32",
+        choices=("none", "bf16"),
+    )
+    check_every: int = _option(
+        200,
+        "steps between checks that all processes hold the same weights, optimisers and pools to the bit, and once more "
+        "at the end of the run; 0: only at the start",
+        low=0,
     )
 
 
@@ -282,6 +312,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
 

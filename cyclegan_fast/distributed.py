@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 
 import torch
@@ -132,18 +132,45 @@ def broadcast_parameters(modules: Iterable[nn.Module]) -> None:
             tensor.copy_(dense)
 
 
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace each gradient by its mean over the ranks, in one reduction of one flat buffer."""
+def begin_mean(tensor: Tensor, wire: Tensor | None = None) -> Callable[[], None]:
+    """Start to replace a contiguous floating-point tensor by its mean over the ranks; what is returned waits for it.
+
+    Every rank must call in the same order. Until it has arrived the tensor must not be touched. wire: memory of the
+    same shape in which it travels, and is summed, in another dtype; the sum is divided in the tensor's own.
+    """
+    sent = tensor if wire is None else wire.copy_(tensor)
+    divided = wire is None and tensor.is_cuda  # NCCL does so on the way; gloo only in later versions of torch
+    operation = dist.ReduceOp.AVG if divided else dist.ReduceOp.SUM
+    work = dist.all_reduce(sent, op=operation, async_op=True)
+    count = world_size()
+
+    def wait() -> None:
+        work.wait()
+        if wire is not None:
+            tensor.copy_(wire)
+        if not divided:
+            tensor.div_(count)
+
+    return wait
+
+
+def disagreement(values: Tensor) -> Tensor | None:
+    """None where all ranks hold the same int64 [n]; otherwise what each of them holds, int64 [world_size, n].
+
+    On every rank the same: one collective where they agree, two where they do not. On the host, where a CPU tensor
+    goes past whatever an accelerator has queued for its own communicator.
+    """
     if world_size() == 1:
-        return
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-    dist.all_reduce(flat)
-    flat /= world_size()
-    torch._foreach_copy_(
-        gradients,
-        [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in gradients]), gradients, strict=True)],
-    )
+        return None
+    values = values.cpu()
+    extremes = torch.cat([values, ~values])  # the largest complement is the complement of the smallest
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    largest, smallest = extremes[: values.numel()], ~extremes[values.numel() :]
+    if torch.equal(largest, smallest):
+        return None
+    everyone = [torch.empty_like(values) for _ in range(world_size())]
+    dist.all_gather(everyone, values)
+    return torch.stack(everyone)
 
 
 def average(values: Tensor) -> Tensor:
@@ -162,5 +189,7 @@ def gather_batch(images: Tensor) -> Tensor:
     channels_last = images.is_contiguous(memory_format=torch.channels_last)
     images = images.contiguous()
     gathered = images.new_empty((world_size() * images.shape[0], *images.shape[1:]))
-    dist.all_gather_into_tensor(gathered, images)
+    # The name that later versions of torch prefer, where there is one.
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+    gather(gathered, images)
     return gathered.contiguous(memory_format=torch.channels_last) if channels_last else gathered

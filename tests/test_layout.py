@@ -39,19 +39,21 @@ ALLOWED = {
     "training.monitor": {"models.cost", "progress", "roofline"},
     "training.samples": {"evaluation.figures", "training.step"},
     "training.process": {"config", "device", "distributed", "machine"},
+    "training.reduction": {"distributed"},
+    "training.replicas": {"distributed"},
     "inference": {"config", "data", "device", "errors", "inference", "models", "training.checkpoint"},
     "evaluation": {"data.photo", "errors", "evaluation", "inference.translate", "training.checkpoint"},
     "roofline": {"data.store", "machine"},
     "doctor": {"data.store", "device", "machine", "ops", "roofline", "version"},
     "training.build": {
         *("config", "device", "distributed", "models", "ops.instance_norm"),
-        *(f"training.{name}" for name in ("image_pool", "losses", "step")),
+        *(f"training.{name}" for name in ("image_pool", "losses", "reduction", "step")),
     },
     "training.graph": {"ops.crop_flip", "training.step"},
     "training.trainer": {
         *("config", "data.loader", "device", "distributed", "errors", "evaluation.figures", "models", "version"),
         *(f"training.{name}" for name in ("build", "checkpoint", "graph", "image_pool", "lock", "monitor", "process")),
-        *("roofline", "training.samples"),
+        *("roofline", "training.replicas", "training.samples"),
         *("training.schedule", "training.step"),
     },
 }

@@ -15,6 +15,7 @@ from cyclegan_fast.models import build_discriminators, build_generators
 from cyclegan_fast.ops.instance_norm import runs_kernels
 from cyclegan_fast.training.image_pool import ImagePool
 from cyclegan_fast.training.losses import GANLoss
+from cyclegan_fast.training.reduction import BucketReduction
 from cyclegan_fast.training.step import Exchange, Objective, TrainState
 
 __all__ = ["NETWORKS", "build_networks", "build_state", "executed", "resolved_impl"]
@@ -95,8 +96,20 @@ def build_state(
         ),
         autocast=AUTOCAST.get(precision),
         scaler=GradScaler(device.type, enabled=precision == "fp16"),
-        reduce=distributed.average_gradients if distributed.world_size() > 1 else None,
+        reduction_G=_reduction(config, modules, "G_A", "G_B"),
+        reduction_D=_reduction(config, modules, "D_A", "D_B"),
         side_stream=torch.cuda.Stream(device) if training.streams == 2 and device.type == "cuda" else None,
+    )
+
+
+def _reduction(config: Config, modules: dict[str, nn.Module], *names: str) -> BucketReduction | None:
+    """What averages these networks' gradients, where there are several processes."""
+    if distributed.world_size() == 1:
+        return None
+    return BucketReduction(
+        [list(modules[name].parameters()) for name in names],
+        bucket_bytes=max(1, round(1e6 * config.distributed.bucket_mb)),
+        wire=torch.bfloat16 if config.distributed.compression == "bf16" else None,
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["lr_factor"]
+import math
+
+__all__ = ["lr_factor", "lr_scale"]
 
 
 def lr_factor(epoch: int, epochs: int, epochs_decay: int) -> float:
@@ -22,3 +24,20 @@ def lr_factor(epoch: int, epochs: int, epochs_decay: int) -> float:
     if epochs_decay == 0:
         return 1.0
     return max(0.0, 1.0 - max(0, epoch - epochs) / (epochs_decay + 1))
+
+
+def lr_scale(rule: str, pairs: int) -> float:
+    """What the base learning rate is multiplied by for steps of so many pairs, over all micro-batches and processes.
+
+    `none`: 1; `linear`: their number (Goyal et al. 2017, arXiv:1706.02677); `sqrt`: its square root (for Adam: Malladi
+    et al. 2022, arXiv:2205.10287). It depends on the pairs and not on the processes, so a run that goes on with another
+    number of these, and the same pairs a step, goes on with its learning rate.
+
+    Raises ValueError for another rule or less than one pair.
+    """
+    if pairs < 1:
+        raise ValueError(f"pairs = {pairs} is not allowed: a step has at least one")
+    factors = {"none": 1.0, "linear": float(pairs), "sqrt": math.sqrt(pairs)}
+    if rule not in factors:
+        raise ValueError(f"learning-rate scaling {rule!r} is not known: one of {', '.join(factors)}")
+    return factors[rule]

@@ -10,15 +10,23 @@ Cycle-Consistent Adversarial Networks", ICCV 2017) writes G for G_A, F for G_B, 
            + identity (cycle_B |idt_A - real_B| + cycle_A |idt_B - real_A|)               section 5.2
 
 The generators step first, with both discriminators frozen; then the discriminators step on the fakes made before
-the generators moved, taken through the image pools.
+the generators moved, taken through the image pools. As these fakes are made already, the generators' optimiser may as
+well wait until the discriminators' pass is over. With several processes it does, and the generators' gradients travel
+meanwhile; those of the discriminators travel while the generators' optimiser runs:
+
+    one process     G backward -> G Adam -> D forward, backward -> D Adam
+    several         G backward -> D forward, backward -> G Adam -> D Adam
+    travelling          [ G's gradients ........... ]
+                                            [ D's gradients .. ]
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -63,12 +71,23 @@ class Objective:
     """Each generator is trained by its own losses only: the inner generator of a cycle gets no gradient (Keras)."""
 
 
+class Reduction(Protocol):
+    """Who makes the gradients of one optimiser's parameters their means over the processes."""
+
+    def during(self) -> AbstractContextManager[None]:
+        """Around the one backward pass that completes the gradients, which set out as it makes them."""
+
+    def finish(self) -> None:
+        """Wait until all have arrived: the parameters' gradients are means from here on."""
+
+
 @dataclass
 class TrainState:
     """Everything a step reads and changes.
 
-    The networks may be compiled; ``parameters_*`` are those of the plain modules. ``reduce`` averages gradients over
-    the processes, if there are several; ``exchange_A`` and ``exchange_B`` pass a domain's fakes through its pool.
+    The networks may be compiled; the optimisers hold the parameters of the plain modules. ``reduction_G`` and
+    ``reduction_D`` average gradients over the processes, if there are several (both or neither); ``exchange_A`` and
+    ``exchange_B`` pass a domain's fakes through its pool.
     """
 
     G_A: nn.Module
@@ -82,7 +101,8 @@ class TrainState:
     objective: Objective = field(default_factory=Objective)
     autocast: torch.dtype | None = None
     scaler: GradScaler = field(default_factory=lambda: GradScaler(enabled=False))
-    reduce: Callable[[Iterable[nn.Parameter]], None] | None = None
+    reduction_G: Reduction | None = None
+    reduction_D: Reduction | None = None
     batched: bool = True
     """Passes that share weights run as one batch, where the pictures' shapes allow: nothing that is computed changes,
     because instance norm never mixes pictures, but there are fewer and larger kernels."""
@@ -100,31 +120,39 @@ class Fakes(NamedTuple):
 def train_step(state: TrainState, batch: StepBatch, *, measure: bool = False) -> dict[str, Tensor]:
     """Update the generators, then the discriminators.
 
-    Returns detached float32 scalars on the device, averaged over the micro-batches: the weighted terms ``G_A``,
-    ``G_B``, ``cycle_A``, ``cycle_B``, ``idt_A``, ``idt_B`` and their sum ``loss_G``; ``D_A``, ``D_B``; the mean
-    outputs ``D_A_real``, ``D_A_fake``, ``D_B_real``, ``D_B_fake``; with ``measure`` also the gradient norms
+    Collectives of several processes come in one order: those of the pools, the generators' gradients, those of the
+    discriminators. Returns detached float32 scalars on the device, averaged over the micro-batches: the weighted terms
+    ``G_A``, ``G_B``, ``cycle_A``, ``cycle_B``, ``idt_A``, ``idt_B`` and their sum ``loss_G``; ``D_A``, ``D_B``; the
+    mean outputs ``D_A_real``, ``D_A_fake``, ``D_B_real``, ``D_B_fake``; with ``measure`` also the gradient norms
     ``grad_G`` and ``grad_D``. Nothing is read back to the host.
     """
     count = batch.real_A.shape[0]
     parameters_G, parameters_D = _parameters(state.optimizer_G), _parameters(state.optimizer_D)
     logs: list[dict[str, Tensor]] = []
 
+    finish_generators = partial(_finish, state, state.reduction_G, state.optimizer_G, parameters_G, measure)
+
     with _frozen(parameters_D):
         state.optimizer_G.zero_grad(set_to_none=True)
-        fakes = []
+        pooled = []
         for k in range(count):
-            loss, terms, fake = generator_pass(state, batch.real_A[k], batch.real_B[k])
-            state.scaler.scale(loss / count).backward()
-            fakes.append(fake)
+            loss, terms, fakes = generator_pass(state, batch.real_A[k], batch.real_B[k])
+            # Before the backward pass: behind the gradients, what pools share would wait for these to arrive.
+            pooled.append(_exchanged(state, batch, fakes, k))
+            with _sending(state.reduction_G, k + 1 == count):
+                state.scaler.scale(loss / count).backward()
             logs.append(terms)
-        norm_G = _finish(state, state.optimizer_G, parameters_G, measure)
+        norm_G = finish_generators() if state.reduction_G is None else None
 
     state.optimizer_D.zero_grad(set_to_none=True)
     for k in range(count):
-        loss, terms = discriminator_pass(state, batch, fakes[k], k)
-        state.scaler.scale(loss / count).backward()
+        loss, terms = discriminator_pass(state, batch, pooled[k], k)
+        with _sending(state.reduction_D, k + 1 == count):
+            state.scaler.scale(loss / count).backward()
         logs[k].update(terms)
-    norm_D = _finish(state, state.optimizer_D, parameters_D, measure)
+    if state.reduction_G is not None:
+        norm_G = finish_generators()
+    norm_D = _finish(state, state.reduction_D, state.optimizer_D, parameters_D, measure)
     state.scaler.update()
 
     means = {name: torch.stack([log[name] for log in logs]).mean() for name in logs[0]}
@@ -193,10 +221,17 @@ def _side_by_side(
     return here, there
 
 
-def discriminator_pass(state: TrainState, batch: StepBatch, fakes: Fakes, k: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """The sum of both discriminators' losses on micro-batch ``k``, and its terms (detached)."""
-    pooled_A = state.exchange_A(fakes.fake_A, batch.accept_A[k], batch.slot_A[k])
-    pooled_B = state.exchange_B(fakes.fake_B, batch.accept_B[k], batch.slot_B[k])
+def _exchanged(state: TrainState, batch: StepBatch, fakes: Fakes, k: int) -> Fakes:
+    """What the pools give for the fakes of micro-batch ``k``."""
+    return Fakes(
+        state.exchange_A(fakes.fake_A, batch.accept_A[k], batch.slot_A[k]),
+        state.exchange_B(fakes.fake_B, batch.accept_B[k], batch.slot_B[k]),
+    )
+
+
+def discriminator_pass(state: TrainState, batch: StepBatch, pooled: Fakes, k: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """The sum of both discriminators' losses on micro-batch ``k`` and pictures of the pools; its terms (detached)."""
+    pooled_A, pooled_B = pooled
     scores_A, scores_B = _side_by_side(
         state,
         lambda: _score(state, state.D_A, batch.real_B[k], pooled_B),
@@ -241,10 +276,17 @@ def _judge(
     return loss
 
 
-def _finish(state: TrainState, optimizer: Optimizer, parameters: list[nn.Parameter], measure: bool) -> Tensor | None:
-    """Reduce the gradients, unscale them, step; returns their norm over all parameters if it is to be measured."""
-    if state.reduce is not None:
-        state.reduce(parameters)
+def _sending(reduction: Reduction | None, completes: bool) -> AbstractContextManager[None]:
+    """Around a backward pass, of which the last one of a step completes the gradients."""
+    return reduction.during() if reduction is not None and completes else nullcontext()
+
+
+def _finish(
+    state: TrainState, reduction: Reduction | None, optimizer: Optimizer, parameters: list[nn.Parameter], measure: bool
+) -> Tensor | None:
+    """Wait for the gradients, unscale them, step; returns their norm over all parameters if it is to be measured."""
+    if reduction is not None:
+        reduction.finish()
     state.scaler.unscale_(optimizer)
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]) if measure else None
     state.scaler.step(optimizer)

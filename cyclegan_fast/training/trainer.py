@@ -37,8 +37,9 @@ from cyclegan_fast.training.image_pool import ImagePool, pool_draws
 from cyclegan_fast.training.lock import run_lock
 from cyclegan_fast.training.monitor import SCALARS, History, Monitor
 from cyclegan_fast.training.process import catch_signals, process_settings
+from cyclegan_fast.training.replicas import Replicas
 from cyclegan_fast.training.samples import Samples
-from cyclegan_fast.training.schedule import lr_factor
+from cyclegan_fast.training.schedule import lr_factor, lr_scale
 from cyclegan_fast.training.step import train_step
 from cyclegan_fast.version import __version__
 
@@ -55,6 +56,7 @@ _FREE: tuple[str, ...] = (
     "data.resident",
     "data.workers",
     "checkpoint.",
+    "distributed.",
     "monitor.",
     *(f"training.{name}" for name in ("epochs", "steps", "batch", "accumulate", "precision", "channels_last")),
     *(f"training.{name}" for name in ("mode", "impl", "recompute", "streams", "deterministic", "device", "threads")),
@@ -85,8 +87,8 @@ def train(config: Config, *, resume: bool = False) -> Path:
 
     With ``resume`` an earlier run in that folder is continued, if there is one. Raises RunExistsError when there is
     one and ``resume`` is off, RunLockedError when another process is at work there, NonFiniteLossError when the
-    training blows up, Interrupted after SIGTERM or SIGINT, and what the configuration, the data and the checkpoints
-    raise.
+    training blows up, ReplicaError when the processes do not hold the same state, Interrupted after SIGTERM or SIGINT,
+    and what the configuration, the data and the checkpoints raise.
     """
     device = resolve_device(config.training.device)
     if device.type == "cuda" and device.index is None:
@@ -108,6 +110,7 @@ class Trainer:
 
     def __init__(self, config: Config, device: torch.device, *, resume: bool = False) -> None:
         self.config, self.device = config, device
+        self._replicas = Replicas(self._replicated, every=config.distributed.check_every)
         self.run_dir = config.run_dir
         self.precision = resolve_precision(config.training.precision, device)
         found = _prepare_run(config, resume)
@@ -138,6 +141,7 @@ class Trainer:
         if distributed.is_main():
             _write_config(config)
         distributed.broadcast_parameters(self.modules.values())
+        self._replicas.check(self.step)
         self._draws = Packed(draw_fields(*self._counts), device)
         self._graph = self._open_graph() if config.training.mode == "graph" else None
         self._saved_at = time.monotonic()
@@ -181,6 +185,8 @@ class Trainer:
                 self.history.append(self._take_step(batch, lr))
                 self.step += 1
                 monitor.step_done()
+                if self._replicas.due(self.step, last=last):  # before anything is saved
+                    self._replicas.check(self.step)
 
                 if reading:
                     monitor.write(self.step, self._read(), lr)
@@ -234,7 +240,8 @@ class Trainer:
     def _learning_rate(self, epoch: int) -> float:
         """The learning rate of an epoch, which the optimisers have from here on: a graph takes it with its inputs."""
         training = self.config.training
-        self._lr = training.lr * lr_factor(epoch, training.epochs, training.epochs_decay)
+        factor = lr_factor(epoch, training.epochs, training.epochs_decay)
+        self._lr = training.lr * lr_scale(training.lr_scaling, self.pairs_per_step) * factor
         if self._graph is None:
             for optimizer in (self.state.optimizer_G, self.state.optimizer_D):
                 for group in optimizer.param_groups:
@@ -423,6 +430,18 @@ class Trainer:
             },
         }
 
+    def _replicated(self) -> dict[str, list[Tensor]]:
+        """What all processes must hold alike, by name."""
+        parts = {name: list(module.state_dict().values()) for name, module in self.modules.items()}
+        for name, optimizer in (("optimizer_G", self.state.optimizer_G), ("optimizer_D", self.state.optimizer_D)):
+            parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+            states = (optimizer.state.get(parameter, {}) for parameter in parameters)
+            parts[name] = [value for state in states for key, value in state.items() if key.startswith("exp_avg")]
+        for name, pool in self.pools.items():
+            images = pool.state_dict()["images"]
+            parts[f"pool_{name}"] = images if isinstance(images, list) else [] if images is None else [images]
+        return parts
+
     def _load(self, path: Path, content: dict[str, Any]) -> None:
         """Take over a checkpoint's state. Raises CheckpointError or ConfigError saying what does not fit."""
         _check_same_experiment(self.config, content["config"], path)
@@ -573,7 +592,7 @@ def _portable(optimizer: torch.optim.Optimizer, lr: float) -> dict[str, Any]:
 
 
 def _check_same_experiment(config: Config, saved: dict[str, Any], path: Path) -> None:
-    now, then = _flat(to_dict(config)), _flat(saved)
+    now, then = _flat(to_dict(config)), _flat(to_dict(Config())) | _flat(saved)  # newer settings had their defaults
     changed = [
         f"{name} was {then.get(name)!r} and is now {now.get(name)!r}"
         for name in sorted(now.keys() | then.keys())

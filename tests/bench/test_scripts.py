@@ -77,3 +77,13 @@ def test_overhead(bench: Path, tmp_path: Path) -> None:
     }
     assert all(us > 0 for row in rows for us in row["microseconds"])
     assert "| relu | forward + backward |" in done.stdout
+
+
+def test_ddp(bench: Path, tmp_path: Path) -> None:
+    content, markdown, said = run(bench / "ddp.py", tmp_path, "--size", "16")
+    assert content["task"]["processes"] == 2
+    assert content["backend"] in ("gloo", "nccl")
+    names = {row["name"] for row in content["rows"] if len(row["seconds"]) == 2 and row["ms"] > 0}
+    assert {"no reduction", "one flat sum", "buckets, 25 MB", "buckets, 25 MB, bf16", "DDP"} <= names
+    assert "| one flat sum |" in markdown
+    assert "buckets, 25 MB: " in said

@@ -91,7 +91,11 @@ class Tape(TorchDispatchMode):
             for tensor in made:
                 if tensor.is_floating_point():
                     tensor.fill_(float("nan"))  # what is not computed anew would show
-            for old, new in zip(made, tensors(func(*args, **kwargs)), strict=bool(made)):
+            result = func(*args, **kwargs)
+            for work in tree_leaves(result):  # of a collective: a tape has no streams, in which others would wait
+                if isinstance(work, torch.ScriptObject) and hasattr(work, "wait"):
+                    work.wait()
+            for old, new in zip(made, tensors(result), strict=bool(made)):
                 old.copy_(new)
 
 

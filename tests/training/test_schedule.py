@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from cyclegan_fast.training.schedule import lr_factor
+from cyclegan_fast.config import Config
+from cyclegan_fast.training.schedule import lr_factor, lr_scale
 
 
 @pytest.mark.parametrize(
@@ -36,3 +37,14 @@ def test_decay_from_the_first_epoch() -> None:
 def test_impossible_arguments_are_refused(arguments: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match="= "):
         lr_factor(*arguments)
+
+
+def test_scaling_is_by_pairs_and_off_by_default() -> None:
+    assert Config().training.lr_scaling == "none"
+    assert [lr_scale("none", pairs) for pairs in (1, 8, 64)] == [1, 1, 1]
+    assert [lr_scale("linear", pairs) for pairs in (1, 8, 64)] == [1, 8, 64]
+    assert [lr_scale("sqrt", pairs) for pairs in (1, 4, 64)] == [1, 2, 8]
+    with pytest.raises(ValueError, match="'cubic' is not known: one of none, linear, sqrt"):
+        lr_scale("cubic", 2)
+    with pytest.raises(ValueError, match="pairs = 0"):
+        lr_scale("linear", 0)

@@ -157,6 +157,16 @@ def test_resume_refuses_another_experiment(tiny: Tiny) -> None:
         train(tiny("run", "training.steps=2", "training.batch=2"), resume=True)
 
 
+def test_settings_that_came_after_a_checkpoint_had_their_defaults(tiny: Tiny) -> None:
+    path = ckpt.find_checkpoint(train(tiny("run", "training.steps=1")))
+    content = ckpt.read_checkpoint(path)
+    del content["config"]["distributed"], content["config"]["training"]["lr_scaling"]
+    ckpt.write_checkpoint(path, content)
+    with pytest.raises(ConfigError, match="lr_scaling was 'none' and is now 'linear'"):
+        train(tiny("run", "training.steps=2", "training.lr_scaling=linear"), resume=True)
+    train(tiny("run", "training.steps=2"), resume=True)
+
+
 def test_resume_refuses_other_pictures(tiny: Tiny, dataset: Path) -> None:
     train(tiny("run", "training.steps=1"))
     (dataset / "trainA" / "000.png").unlink()
