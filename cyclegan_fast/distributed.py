@@ -15,8 +15,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-# One rank may decode a whole data set while the others wait for it.
-_TIMEOUT = timedelta(minutes=60)
+from cyclegan_fast.heartbeat import Heartbeat, LostRankError
+
+__all__ = [
+    *("LostRankError", "StopVote", "any_rank", "average", "average_gradients", "broadcast_parameters", "collective"),
+    *("doing", "ended", "gather_batch", "init", "is_main", "launched", "local_rank", "local_world_size"),
+    *("main_first", "rank", "shutdown", "world_size"),
+]
+
+# Processes of one start come within minutes of one another; Python and torch may have to be read over a network.
+_JOIN = timedelta(minutes=10)
+
+_heartbeat: Heartbeat | None = None
 
 
 def launched() -> bool:
@@ -34,18 +44,70 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))) if launched() else 1
 
 
-def init(device: torch.device) -> None:
-    """Join the process group if there is one to join; ``device`` is the one this process computes on."""
+def init(device: torch.device, timeout: float = 600.0) -> None:
+    """Join the process group if there is one to join; ``device`` is the one this process computes on.
+
+    timeout: seconds that one process may keep the others waiting in any operation but `main_first`.
+    """
     if not launched() or dist.is_initialized():
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=_TIMEOUT, device_id=device if device.type == "cuda" else None)
+    store, rank, size = next(dist.rendezvous("env://", timeout=_JOIN))  # returns when all are there
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore("cyclegan_fast", store),
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=timeout),
+        device_id=device if device.type == "cuda" else None,
+    )
+    _start_heartbeat(rank, size, timeout)
+
+
+def _start_heartbeat(rank: int, size: int, timeout: float) -> None:
+    """Signs of life from here on, by a connection of their own: a thread may not share one that waits."""
+    global _heartbeat
+    start = torch.tensor(int.from_bytes(os.urandom(7), "big"))
+    dist.broadcast(start, src=0)  # a store may outlive a restart
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=_JOIN)
+    launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+    prefixed = dist.PrefixStore(f"heartbeat {int(start)}", store)
+    _heartbeat = Heartbeat(prefixed, rank, size, timeout=timeout, launcher=launcher)
 
 
 def shutdown() -> None:
     """Leave the process group."""
+    global _heartbeat
     if dist.is_initialized():
         dist.destroy_process_group()
+    if _heartbeat is not None:  # last: it ends this process where a device keeps it from leaving
+        _heartbeat.close()
+        _heartbeat = None
+
+
+def doing(what: str, *, unbounded: bool = False) -> None:
+    """Tell the other processes what this one does from now on; unbounded: that may take longer than the time-out."""
+    if _heartbeat is not None:
+        _heartbeat.doing(what, unbounded=unbounded)
+
+
+def ended(error: BaseException) -> None:
+    """Tell the other processes that an error ends this one."""
+    if _heartbeat is not None and not isinstance(error, LostRankError):
+        _heartbeat.ended(f"{type(error).__name__}: {str(error)[:500]}")
+
+
+@contextlib.contextmanager
+def collective(name: str) -> Iterator[None]:
+    """The time in which this process waits for all others in an operation; nothing else belongs inside.
+
+    Raises LostRankError, which names the ranks that did not come, when the operation fails or takes too long.
+    """
+    if _heartbeat is None:
+        yield
+        return
+    with _heartbeat.waiting(name):
+        yield
 
 
 def rank() -> int:
@@ -67,19 +129,20 @@ def is_main() -> bool:
 def main_first() -> Iterator[None]:
     """Run the body on rank 0, then on the others, so that only one process builds what all then find ready.
 
-    Raises RuntimeError on the others when rank 0 failed, instead of leaving them to wait.
+    Rank 0 may take any time, while it gives signs of life. Raises LostRankError on the others when it does not, and
+    RuntimeError when it failed.
     """
-    if world_size() == 1:
+    if world_size() == 1 or _heartbeat is None:
         yield
     elif is_main():
-        failed = True
+        outcome = "failed"
         try:
             yield
-            failed = False
+            outcome = "ready"
         finally:
-            any_rank(failed)
+            _heartbeat.hand_over(outcome)
     else:
-        if any_rank(False):
+        if _heartbeat.hand_over(None) == "failed":
             raise RuntimeError("rank 0 failed in preparing what all ranks need; its own message says why")
         yield
 
@@ -89,7 +152,8 @@ def any_rank(flag: bool) -> bool:
     if world_size() == 1:
         return flag
     value = torch.tensor(int(flag))
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    with collective("agreement"):
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value)
 
 
@@ -109,14 +173,16 @@ class StopVote:
             return stop
         outcome = self.settle()
         self._flag = torch.tensor(int(stop))
-        self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, async_op=True)
+        with collective("vote on stopping"):
+            self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, async_op=True)
         return outcome
 
     def settle(self) -> bool:
         """Wait for the vote under way, if any, and return its outcome."""
         if self._work is None:
             return False
-        self._work.wait()
+        with collective("vote on stopping"):
+            self._work.wait()
         self._work = None
         return bool(self._flag)
 
@@ -128,7 +194,8 @@ def broadcast_parameters(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         for tensor in module.state_dict().values():
             dense = tensor.contiguous()  # gloo takes no other memory order
-            dist.broadcast(dense, src=0)
+            with collective("broadcast of the weights"):
+                dist.broadcast(dense, src=0)
             tensor.copy_(dense)
 
 
@@ -138,7 +205,8 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-    dist.all_reduce(flat)
+    with collective("all-reduce of the gradients"):
+        dist.all_reduce(flat)
     flat /= world_size()
     torch._foreach_copy_(
         gradients,
@@ -151,7 +219,8 @@ def average(values: Tensor) -> Tensor:
     if world_size() == 1:
         return values
     values = values.clone()
-    dist.all_reduce(values)
+    with collective("mean of the losses"):
+        dist.all_reduce(values)
     return values / world_size()
 
 
@@ -162,5 +231,6 @@ def gather_batch(images: Tensor) -> Tensor:
     channels_last = images.is_contiguous(memory_format=torch.channels_last)
     images = images.contiguous()
     gathered = images.new_empty((world_size() * images.shape[0], *images.shape[1:]))
-    dist.all_gather_into_tensor(gathered, images)
+    with collective("gathering of the fakes"):
+        dist.all_gather_into_tensor(gathered, images)
     return gathered.contiguous(memory_format=torch.channels_last) if channels_last else gathered

@@ -30,11 +30,21 @@ from cyclegan_fast.evaluation.figures import curves_figure
 from cyclegan_fast.models import cost
 from cyclegan_fast.roofline import measured
 from cyclegan_fast.training import checkpoint as ckpt
+from cyclegan_fast.training import elastic
 from cyclegan_fast.training.build import build_networks, build_state, executed, resolved_impl
-from cyclegan_fast.training.graph import CudaRecorder, Draws, GraphStep, Packed, Recorder, draw_fields, step_batch
+from cyclegan_fast.training.graph import (
+    WARMUP,
+    CudaRecorder,
+    Draws,
+    GraphStep,
+    Packed,
+    Recorder,
+    draw_fields,
+    step_batch,
+)
 from cyclegan_fast.training.image_pool import ImagePool, pool_draws
 from cyclegan_fast.training.monitor import SCALARS, History, Monitor
-from cyclegan_fast.training.process import catch_signals, process_settings
+from cyclegan_fast.training.process import catch_signals, process_settings, stopped_by_signals
 from cyclegan_fast.training.samples import Samples
 from cyclegan_fast.training.schedule import lr_factor
 from cyclegan_fast.training.step import train_step
@@ -55,6 +65,7 @@ _FREE: tuple[str, ...] = (
     "checkpoint.",
     "monitor.",
     *(f"training.{name}" for name in ("epochs", "steps", "batch", "accumulate", "precision", "channels_last")),
+    *(f"training.{name}" for name in ("global_batch", "timeout")),
     *(f"training.{name}" for name in ("mode", "impl", "recompute", "streams", "deterministic", "device", "threads")),
     "training.compile",  # of checkpoints before there was training.mode
 )
@@ -69,31 +80,36 @@ class NonFiniteLossError(RuntimeError):
 
 
 class Interrupted(Exception):  # noqa: N818 - it is not an error
-    """A signal ended the run after the step under way; everything is saved."""
+    """A signal ended the run: after the step under way, with everything saved, or, without a step, at once."""
 
-    def __init__(self, signum: int, step: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}; continue with --resume")
+    def __init__(self, signum: int, step: int | None) -> None:
+        when = "at once: what was saved before stands" if step is None else f"after step {step}"
+        super().__init__(f"stopped by {signal.Signals(signum).name} {when}; continue with --resume")
         self.signum = signum
 
 
 def train(config: Config, *, resume: bool = False) -> Path:
     """Train as configured and return the run folder.
 
-    With ``resume`` an earlier run in that folder is continued, if there is one. Raises RunExistsError when there is
-    one and ``resume`` is off, NonFiniteLossError when the training blows up, Interrupted after SIGTERM or SIGINT, and
-    what the configuration, the data and the checkpoints raise.
+    With ``resume`` an earlier run in that folder is continued, if there is one, and without it if this process is a
+    worker that torchrun restarted. Raises RunExistsError when there is one and ``resume`` is off, NonFiniteLossError
+    when the training blows up, Interrupted after SIGTERM or SIGINT, LostRankError when another process of the run ended
+    or hangs, and what the configuration, the data and the checkpoints raise.
     """
     device = resolve_device(config.training.device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", distributed.local_rank())
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    distributed.init(device)
+    distributed.init(device, config.training.timeout)
     try:
-        with process_settings(config, device):
+        with stopped_by_signals(lambda signum: Interrupted(signum, None)), process_settings(config, device):
             trainer = Trainer(config, device, resume=resume)
             trainer.fit()
         return config.run_dir
+    except BaseException as error:
+        distributed.ended(error)
+        raise
     finally:
         distributed.shutdown()
 
@@ -102,10 +118,12 @@ class Trainer:
     """One run: its data, its state and the loop over its steps."""
 
     def __init__(self, config: Config, device: torch.device, *, resume: bool = False) -> None:
-        self.config, self.device = config, device
+        self._given, self.device = config, device
         self.run_dir = config.run_dir
         self.precision = resolve_precision(config.training.precision, device)
         found = _prepare_run(config, resume)
+        config = elastic.partitioned(config, distributed.world_size(), found[1] if found else None)
+        self.config = config
         self.data: TrainingData = open_training_data(
             config,
             rank=distributed.rank(),
@@ -154,7 +172,7 @@ class Trainer:
 
     def fit(self) -> None:
         """Run the remaining steps, with everything that happens between them."""
-        total, votes = self.total_steps, distributed.StopVote()
+        first, total, votes = self.step, self.total_steps, distributed.StopVote()
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(catch_signals())
             monitor = stack.enter_context(contextlib.closing(self._open_monitor(total)))
@@ -162,6 +180,8 @@ class Trainer:
                 stack.callback(self._graph.graph.release)  # before the process group goes
             batches = stack.enter_context(contextlib.closing(self._batches(total)))
             while self.step < total:
+                # The first steps compile and record, which takes what it takes, on all ranks alike.
+                distributed.doing(f"step {self.step + 1}", unbounded=self.step <= first + WARMUP)
                 waited = time.perf_counter()
                 batch = next(batches)
                 monitor.waited(time.perf_counter() - waited)
@@ -185,6 +205,7 @@ class Trainer:
                     self._save()
                     raise Interrupted(stop.signum or signal.SIGTERM, self.step)
             votes.settle()
+        distributed.doing("the end of the run", unbounded=True)
         if distributed.is_main() and (self.run_dir / SCALARS).stat().st_size:
             curves_figure(self.run_dir / SCALARS, self.run_dir / "training_curves.png")
 
@@ -297,6 +318,7 @@ class Trainer:
 
     def _save(self, is_best: bool = False) -> None:
         """Write the checkpoint of this step, keep it under its further names, drop old ones."""
+        distributed.doing(f"step {self.step}, saving")
         self._saved_at = time.monotonic()
         if not distributed.is_main():
             return
@@ -317,7 +339,7 @@ class Trainer:
         """All that a run consists of at this moment."""
         loader = self.data.loader
         return {
-            "config": to_dict(self.config),
+            "config": to_dict(self._given),
             **{name: module.state_dict() for name, module in self.modules.items()},
             "optimizer_G": _portable(self.state.optimizer_G, self._lr),
             "optimizer_D": _portable(self.state.optimizer_D, self._lr),
@@ -360,7 +382,8 @@ class Trainer:
         if position["pairs_per_step"] != self.pairs_per_step:
             raise ConfigError(
                 f"{path} took {position['pairs_per_step']} pairs a step; training.batch x training.accumulate x "
-                f"processes is now {self.pairs_per_step}: choose them so that the product stays the same"
+                f"processes is now {self.pairs_per_step}: choose them so that the product stays the same "
+                f"({elastic.shares(position['pairs_per_step'], distributed.world_size())})"
             )
         try:
             for name, module in self.modules.items():
@@ -376,6 +399,9 @@ class Trainer:
         self.step, self.best = position["step"], content["best"]
         if distributed.is_main():
             logger.info("resumed from %s: step %d of %d", path, self.step, self.total_steps)
+            if self.config != self._given:
+                count, batch, together = self._counts
+                logger.info("a step's %d pairs: %d at a time, training.batch %d", together * count, together, batch)
 
     def _open_graph(self) -> GraphStep | None:
         """The step as a graph, or None where its shapes vary. It runs eagerly where there is nothing to record it."""
@@ -431,6 +457,9 @@ class Trainer:
 def _prepare_run(config: Config, resume: bool) -> tuple[Path, dict[str, Any]] | None:
     """Make the run folder and find what to resume from. Raises RunExistsError, ConfigError, CheckpointError."""
     run_dir = config.run_dir
+    if not resume and distributed.any_rank(distributed.is_main() and elastic.begun_by_this_launch(run_dir)):
+        logger.info("a restarted worker: continuing the run that this launch began")
+        resume = True
     with distributed.main_first():
         found = ckpt.read_latest(run_dir) if resume else None
         if not distributed.is_main():
@@ -442,6 +471,7 @@ def _prepare_run(config: Config, resume: bool) -> tuple[Path, dict[str, Any]] | 
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+            elastic.sign(run_dir)
         except OSError as error:
             raise ConfigError(f"out = {config.out!r}: cannot write the folder {run_dir}: {error.strerror}") from error
     return found
