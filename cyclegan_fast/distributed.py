@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
+import uuid
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 
@@ -52,27 +54,58 @@ def init(device: torch.device, timeout: float = 600.0) -> None:
     if not launched() or dist.is_initialized():
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    store, rank, size = next(dist.rendezvous("env://", timeout=_JOIN))  # returns when all are there
+    store, rank, size = next(dist.rendezvous("env://", timeout=_JOIN))
+    start = _meet(dist.PrefixStore("cyclegan_fast", store), rank, size)
     dist.init_process_group(
         backend,
-        store=dist.PrefixStore("cyclegan_fast", store),
+        store=dist.PrefixStore(start, store),
         rank=rank,
         world_size=size,
         timeout=timedelta(seconds=timeout),
         device_id=device if device.type == "cuda" else None,
     )
-    _start_heartbeat(rank, size, timeout)
+    _start_heartbeat(start, rank, size, timeout)
 
 
-def _start_heartbeat(rank: int, size: int, timeout: float) -> None:
+def _meet(store: dist.Store, rank: int, size: int) -> str:
+    """Wait until all processes of this start are there; returns a name for it, the same on all and never used before.
+
+    torchrun keeps its store when it restarts workers, with all that the dead ones wrote, addresses too. So rank 0
+    answers to a word that a process has just made up, and knows by a second one that the answer was read. Raises
+    RuntimeError naming the ranks that did not come.
+    """
+    mine = uuid.uuid4().hex
+    if rank:
+        store.set(f"hello {rank}", mine)
+        store.wait([f"welcome {mine}"], _JOIN)
+        start = store.get(f"welcome {mine}").decode()
+        store.set(f"{start} has {rank}", "")
+        store.wait([f"{start} begins"], _JOIN)
+        return start
+    missing, answered = set(range(1, size)), set()
+    end, pause = time.monotonic() + _JOIN.total_seconds(), 0.01
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"{mine} has {other}"]):
+                missing.discard(other)
+            elif store.check([f"hello {other}"]) and (word := store.get(f"hello {other}").decode()) not in answered:
+                store.set(f"welcome {word}", mine)
+                answered.add(word)
+        if missing and time.monotonic() > end:
+            raise RuntimeError(f"of {size} ranks, these did not come within {_JOIN}: {sorted(missing)}")
+        time.sleep(pause)
+        pause = min(2 * pause, 0.2)
+    store.set(f"{mine} begins", "")
+    return mine
+
+
+def _start_heartbeat(start: str, rank: int, size: int, timeout: float) -> None:
     """Signs of life from here on, by a connection of their own: a thread may not share one that waits."""
     global _heartbeat
-    start = torch.tensor(int.from_bytes(os.urandom(7), "big"))
-    dist.broadcast(start, src=0)  # a store may outlive a restart
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=_JOIN)
     launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-    prefixed = dist.PrefixStore(f"heartbeat {int(start)}", store)
-    _heartbeat = Heartbeat(prefixed, rank, size, timeout=timeout, launcher=launcher)
+    own = dist.PrefixStore(f"{start} heartbeat", store)
+    _heartbeat = Heartbeat(own, rank, size, timeout=timeout, launcher=launcher)
 
 
 def shutdown() -> None:
