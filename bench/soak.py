@@ -3,12 +3,13 @@
     python bench/soak.py                      # 2,000 steps, 24 faults
     python bench/soak.py --steps 100 --faults 3 --seed 1
 
-Two ranks (gloo, CPU) train tiny networks under ``torchrun --max-restarts``, once undisturbed and once with a seeded plan
-of faults: kill -9 of one rank, of one rank while it writes a checkpoint, of everything, of the launcher only; SIGTERM to
-one rank, to the launcher, to all at once; a rank that loops without end, and one that is stopped. What torchrun does not
-start again itself is started again here, as a job scheduler would. Fails unless both runs end with the same state, the
-same records and the same samples to the bit, nothing is left behind (processes, files in /dev/shm, unfinished files),
-and memory, open files and threads have not grown. Linux only. Prints its figures; --out writes them as JSON too.
+Two ranks (gloo, CPU) train tiny networks under ``torchrun --max-restarts``, once undisturbed and once with a seeded
+plan of faults: kill -9 of one rank, of one rank while it writes a checkpoint, of everything, of the launcher only;
+SIGTERM to one rank, to the launcher, to all at once; a rank that loops without end, and one that is stopped. What
+torchrun does not start again itself is started again here, as a job scheduler would. Fails unless both runs end with
+the same state, the same records and the same samples to the bit, nothing is left behind (processes, files in /dev/shm,
+unfinished files), and memory, open files and threads have not grown. Linux only. Prints its figures; --out writes them
+as JSON too.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this tree's package, whatever is installed
 
-from cyclegan_fast.config import Config, load_config, to_yaml
-from cyclegan_fast.training import checkpoint as ckpt
+from cyclegan_fast.config import Config, load_config, to_yaml  # noqa: E402
+from cyclegan_fast.training import checkpoint as ckpt  # noqa: E402
 
 WORKER = ROOT / "tests" / "training" / "faulty_train.py"
 RANKS = 2
@@ -105,7 +106,7 @@ def make_plan(steps: int, count: int, seed: int) -> list[dict[str, Any]]:
     when = sorted(rng.sample(range(5, steps - 25), count))
     plan = []
     for step, kind in zip(when, kinds, strict=True):
-        act, _, saving = kind.partition(" saving")
+        act = kind.removesuffix(" saving")
         rank = 0 if kind == "kill saving" else rng.randrange(RANKS)  # rank 0 writes the checkpoints
         fault: dict[str, Any] = {"act": act, "step": step, "rank": rank}
         if kind == "kill saving":

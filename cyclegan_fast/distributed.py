@@ -191,33 +191,35 @@ def any_rank(flag: bool) -> bool:
 
 
 class StopVote:
-    """Agreement of all ranks on stopping at one and the same step, without waiting for one another.
+    """Agreement of all ranks on stopping, or saving, at one and the same step, without waiting for one another.
 
-    The vote of step ``s`` travels while step ``s`` computes and is read at step ``s + 1``.
+    The vote of step ``s`` travels while step ``s`` computes and is read at step ``s + 1``. The strongest wish wins.
     """
+
+    NOTHING, SAVE, STOP = range(3)
 
     def __init__(self) -> None:
         self._flag = torch.zeros((), dtype=torch.int64)
         self._work: dist.Work | None = None
 
-    def cast(self, stop: bool) -> bool:
+    def cast(self, wish: int) -> int:
         """Vote; returns the outcome of the vote before. A single process is obeyed at once."""
         if world_size() == 1:
-            return stop
+            return wish
         outcome = self.settle()
-        self._flag = torch.tensor(int(stop))
+        self._flag = torch.tensor(wish)
         with collective("vote on stopping"):
             self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, async_op=True)
         return outcome
 
-    def settle(self) -> bool:
+    def settle(self) -> int:
         """Wait for the vote under way, if any, and return its outcome."""
         if self._work is None:
-            return False
+            return self.NOTHING
         with collective("vote on stopping"):
             self._work.wait()
         self._work = None
-        return bool(self._flag)
+        return int(self._flag)
 
 
 def broadcast_parameters(modules: Iterable[nn.Module]) -> None:

@@ -152,7 +152,7 @@ class Heartbeat:
             elif beat is not None and time.monotonic() - heard > self._timeout:
                 raise self._report(
                     f"rank 0 ({beat.who}) has given no sign of life for {time.monotonic() - heard:.0f} s, while the "
-                    f"others waited for it: it was killed, stopped or cut off in {beat.doing}"
+                    f"others waited for it: it was killed, stopped or cut off, last heard of in {beat.doing}"
                 )
             time.sleep(pause)
             pause = min(2 * pause, self._interval / 2)
@@ -199,9 +199,8 @@ class Heartbeat:
                 left = f"rank {rank} ({now.who}) ended: {now.doing}"
                 (victims if now.doing.startswith(LostRankError.__name__) else ended).append(left)
             elif then is not None and then.number == now.number:
-                silent.append(
-                    f"rank {rank} ({now.who}) gives no sign of life: killed, stopped or cut off in {now.doing}"
-                )
+                where = f"killed, stopped or cut off, last heard of in {now.doing}"
+                silent.append(f"rank {rank} ({now.who}) gives no sign of life: {where}")
             elif not now.waits:
                 busy.append(f"rank {rank} ({now.who}) is alive but did not come: it is busy with {now.doing}")
         return ended + silent + busy or victims
@@ -233,12 +232,16 @@ class Heartbeat:
             self._beat()
 
     def _guard(self) -> None:
+        activity, spent, woke = self._activity, 0.0, time.monotonic()
         while not self._stop.wait(self._interval):
             self._look_at_launcher()
-            activity = self._activity
-            seconds = time.monotonic() - activity.since
-            if not activity.unbounded and seconds > _PATIENCE * self._timeout:
-                self._give_up(activity.what, seconds)
+            slept, woke = time.monotonic() - woke, time.monotonic()
+            if activity is not self._activity:
+                activity, spent = self._activity, 0.0
+                continue
+            spent += min(slept, 2 * self._interval)  # the time in which this process was stopped does not count
+            if not activity.unbounded and spent > _PATIENCE * self._timeout:
+                self._give_up(activity.what, spent)
 
     def _look_at_launcher(self) -> None:
         if self._launcher is not None and os.getppid() != self._launcher:

@@ -20,6 +20,7 @@ import math
 import platform
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -47,6 +48,7 @@ class History:
     def __init__(self) -> None:
         self._names: list[str] = []
         self._rows: list[Tensor] = []
+        self._shared = 0  # of them, the first ones are means over all processes
         self._last: dict[str, Tensor] = {}
 
     def __len__(self) -> int:
@@ -59,19 +61,26 @@ class History:
         self._rows.append(torch.stack([scalars[name] for name in self._names]))
         self._last = {name: value for name, value in scalars.items() if name not in self._names}
 
+    def share(self, average: Callable[[Tensor], Tensor]) -> None:
+        """Replace the scalars of each step by their means over all processes, which all must ask for together."""
+        if len(self._rows) > self._shared:
+            self._rows[self._shared :] = average(torch.stack(self._rows[self._shared :])).unbind()
+            self._shared = len(self._rows)
+
     def take(self) -> tuple[list[str], Tensor, dict[str, Tensor]]:
         """Names, values [steps, names] on the device and the last step's extra scalars; forgets them."""
         taken = self._names, torch.stack(self._rows), self._last
-        self._rows, self._last = [], {}
+        self._rows, self._shared, self._last = [], 0, {}
         return taken
 
     def state_dict(self) -> dict[str, Any]:
-        """The steps not read yet, so that a resumed run's records are those of an uninterrupted one."""
+        """The steps not read yet, so that a resumed run's records are those of an uninterrupted one; shared first."""
         return {"names": list(self._names), "rows": [row.clone() for row in self._rows]}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Continue where ``state_dict`` left off."""
         self._names, self._rows = list(state["names"]), [row.to(device) for row in state["rows"]]
+        self._shared = len(self._rows)
         self._last = {}
 
 

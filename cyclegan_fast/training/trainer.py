@@ -199,10 +199,10 @@ class Trainer:
                     self._show_samples(monitor)
                 if last or self._due(self.config.checkpoint.every_epochs) or self._milestone():
                     self._save(is_best=self._evaluate(monitor))
-                elif self._overdue():
+                outcome = votes.cast(votes.STOP if stop.signum is not None else self._overdue() * votes.SAVE)
+                if outcome and not last:
                     self._save()
-                if votes.cast(stop.signum is not None) and not last:
-                    self._save()
+                if outcome == votes.STOP and not last:
                     raise Interrupted(stop.signum or signal.SIGTERM, self.step)
             votes.settle()
         distributed.doing("the end of the run", unbounded=True)
@@ -255,6 +255,7 @@ class Trainer:
         Raises NonFiniteLossError at the first step with a loss that is no number.
         """
         steps = len(self.history)
+        self.history.share(distributed.average)
         names, values, extra = self.history.take()
         finite = values.isfinite().all(dim=0)
         healthy = bool(finite.all())
@@ -265,7 +266,7 @@ class Trainer:
                 [name for name, good in zip(names, finite.tolist(), strict=True) if not good],
                 together=True,
             )
-        means = distributed.average(values.mean(dim=0)).tolist()
+        means = values.mean(dim=0).tolist()
         return dict(zip(names, means, strict=True)) | {name: float(value) for name, value in extra.items()}
 
     def _report_non_finite(self, step: int, names: list[str], *, together: bool) -> None:
@@ -296,8 +297,12 @@ class Trainer:
         return epoch if rest == 0 and epoch in self.config.checkpoint.milestones else None
 
     def _overdue(self) -> bool:
+        """Whether it is time to save again, by rank 0's clock; true once, as saving takes a vote."""
         minutes = self.config.checkpoint.every_minutes
-        return bool(minutes) and distributed.is_main() and time.monotonic() - self._saved_at > 60 * minutes
+        overdue = bool(minutes) and distributed.is_main() and time.monotonic() - self._saved_at > 60 * minutes
+        if overdue:
+            self._saved_at = time.monotonic()
+        return overdue
 
     def _show_samples(self, monitor: Monitor) -> None:
         if distributed.is_main():
@@ -317,9 +322,10 @@ class Trainer:
         return is_best
 
     def _save(self, is_best: bool = False) -> None:
-        """Write the checkpoint of this step, keep it under its further names, drop old ones."""
+        """Write the checkpoint of this step, keep it under its further names, drop old ones; all ranks call."""
         distributed.doing(f"step {self.step}, saving")
         self._saved_at = time.monotonic()
+        self.history.share(distributed.average)
         if not distributed.is_main():
             return
         finite = [p.detach().isfinite().all() for module in self.modules.values() for p in module.parameters()]
