@@ -96,14 +96,14 @@ def make_pictures(folder: Path) -> None:
 
 
 def make_plan(steps: int, count: int, seed: int) -> list[dict[str, Any]]:
-    """So many faults at different steps, every kind at least once where there are enough of them."""
+    """So many faults over the run, every kind at least once where there are enough of them."""
     rng = random.Random(seed)  # noqa: S311 - repeatable, not secret
-    kinds = list(FAULTS) if count >= len(FAULTS) else []
+    kinds = list(FAULTS) if count >= len(FAULTS) else ["terminate", "kill saving", "kill launcher"][:count]
     kinds += rng.choices(list(FAULTS), list(FAULTS.values()), k=count - len(kinds))
-    if not kinds[:count] or count < len(FAULTS):
-        kinds = (["kill", "kill saving", "terminate all"] * count)[:count]
-    rng.shuffle(kinds)
-    when = sorted(rng.sample(range(5, steps - 25), count))
+    if count >= len(FAULTS):
+        rng.shuffle(kinds)
+    stretch = (steps - 30) / count  # each fault has one to itself, and the rest of it to see what came of the fault
+    when = [5 + int(stretch * (number + 0.6 * rng.random())) for number in range(count)]
     plan = []
     for step, kind in zip(when, kinds, strict=True):
         act = kind.removesuffix(" saving")

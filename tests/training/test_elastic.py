@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -18,9 +20,8 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from conftest import TINY, write_pictures
 from PIL import Image
-from test_trainer import assert_same_state, losses, records
+from test_trainer import assert_same_state, losses
 
 from cyclegan_fast import heartbeat
 from cyclegan_fast.config import Config, ConfigError, load_config, to_yaml
@@ -33,6 +34,10 @@ ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("faulty_train.py")
 STANDALONE = ("--standalone", "--nproc-per-node=2")
 LIMIT = 100  # seconds for any launch
+
+sys.path.insert(0, str(ROOT / "bench"))
+soak = importlib.import_module("soak")
+sys.path.remove(str(ROOT / "bench"))
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
 
@@ -69,20 +74,9 @@ def plan(folder: Path, *faults: dict[str, Any]) -> None:
     (folder / "plan.json").write_text(json.dumps(faults))
 
 
-def processes(folder: Path) -> list[int]:
-    found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if f"FAULTY={folder}".encode() in path.read_bytes().split(b"\0"):
-                found.append(int(path.parent.name))
-        except OSError:  # it ended meanwhile
-            continue
-    return found
-
-
 def none_is_left(folder: Path, seconds: float = 20.0) -> bool:
     end = time.monotonic() + seconds
-    while processes(folder):
+    while soak.processes(folder):
         if time.monotonic() > end:
             return False
         time.sleep(0.05)
@@ -97,51 +91,47 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     yield folder
     left = not none_is_left(folder)
-    for pid in processes(folder):
+    for pid in soak.processes(folder):
         os.kill(pid, signal.SIGKILL)
     assert not left
     assert set(os.listdir("/dev/shm")) <= shared  # noqa: PTH208, S108
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tiny, Path]:
-    """Configurations of twelve steps on two ranks, a checkpoint every three, and such a run that nothing disturbed."""
-    root = tmp_path_factory.mktemp("two_ranks")
-    for seed, (split, count) in enumerate({"trainA": 6, "trainB": 5, "testA": 1, "testB": 1}.items()):
-        write_pictures(root / "data" / split, count, seed)
+def soaked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a short soak, see bench/soak.py: a hundred steps on two ranks, undisturbed and with three faults.
 
-    def make(name: str, *overrides: str) -> Config:
-        place = (f"name={name}", f"out={root / 'runs'}", f"data.root={root / 'data'}", f"data.cache={root / 'cache'}")
-        steps = ("training.steps=12", "checkpoint.every_epochs=1", "monitor.log_every=5", "training.timeout=3")
-        return load_config(None, [*place, *TINY, *steps, *overrides])
-
-    (root / "faulty").mkdir()
-    finish(torchrun(make("straight"), root / "faulty"))
-    return make, root / "runs" / "straight"
-
-
-def assert_same_run(one: Path, two: Path) -> None:
-    assert_same_state(one, two)
-    assert records(one) == records(two)
-
-
-@pytest.mark.slow
-def test_a_short_soak() -> None:
-    """A hundred steps with three kills end as an undisturbed run does, to the bit: see bench/soak.py."""
-    command = [sys.executable, str(ROOT / "bench" / "soak.py"), "--steps=100", "--faults=3", "--seed=1", "--limit=100"]
+    The first two are for torchrun to mend: one rank is told to stop, and rank 0 is killed while it writes a checkpoint.
+    Then torchrun itself is killed.
+    """
+    folder = tmp_path_factory.mktemp("soak")
+    size = ("--steps=100", "--faults=3", "--seed=2", "--limit=100", f"--folder={folder}", f"--out={folder / 'result'}")
+    command = [sys.executable, str(ROOT / "bench" / "soak.py"), *size]
     result = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stdout + result.stderr
-    figures = json.loads(result.stdout[result.stdout.index("{\n") :])
-    assert figures["faults"] == {"kill": 1, "kill saving": 1, "terminate all": 1}
-    assert figures["disturbed"]["launches"] == 2  # torchrun itself restarted the others
+    return folder
 
 
 @pytest.mark.slow
-def test_two_nodes_lose_a_process_and_go_on(two_ranks: tuple[Tiny, Path], folder: Path) -> None:
+def test_a_short_soak(soaked: Path) -> None:
+    """The soak itself has seen that everything is equal to the bit and nothing left behind."""
+    figures = json.loads((soaked / "result").read_text())
+    assert figures["faults"] == {"kill saving": 1, "terminate": 1, "kill launcher": 1}
+    assert figures["disturbed"]["launches"] == 2
+    output = (soaked / "two" / "output.txt").read_text()
+    assert "continuing the run that this launch began" in output
+    assert "exitcode: -9" in output
+    assert "gives no sign of life: killed, stopped or cut off" in output  # the writer of the checkpoint
+    assert "exitcode: 143" in output  # one rank was told to stop, both did
+    assert "the launcher is gone; stopping" in output
+    assert output.count("stopped by SIGTERM after step") == 2
+
+
+@pytest.mark.slow
+def test_two_nodes_lose_a_process_and_go_on(soaked: Path, folder: Path) -> None:
     """Two launchers that meet as those of two hosts do; both restart their workers, without being told to resume."""
-    make, straight = two_ranks
-    plan(folder, {"act": "kill", "rank": 1, "step": 7})
-    config = make("nodes")
+    plan(folder, {"act": "kill", "rank": 1, "step": 50, "delay": 0.01})
+    config = soak.make_config(soaked, "nodes", 100)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting = f"127.0.0.1:{free.getsockname()[1]}"
@@ -150,64 +140,34 @@ def test_two_nodes_lose_a_process_and_go_on(two_ranks: tuple[Tiny, Path], folder
         *("--rdzv-backend=c10d", f"--rdzv-endpoint={meeting}", "--rdzv-id=nodes"),
     )
     nodes = [torchrun(config, folder, options=options) for _ in range(2)]
-    output = "".join(finish(node) for node in nodes)
-    assert "rank 1" in output
+    output = "".join([finish(node) for node in nodes])
     assert "continuing the run that this launch began" in output
-    assert "step-00000006.ckpt: step 6 of 12" in output
-    assert_same_run(straight, config.run_dir)
+    assert re.search(r"step-000000[46]0\.ckpt: step [46]0 of 100", output)
+    soak.check_same(soaked / "runs" / "straight", config.run_dir)
+    assert soak.check_samples(soaked / "one", folder, 100)["steps_repeated"] > 0
 
 
 @pytest.mark.slow
-def test_a_hang_a_signal_to_one_rank_and_a_dead_launcher(two_ranks: tuple[Tiny, Path], folder: Path) -> None:
-    """Rank 1 loops for ever, then rank 0 alone is told to stop, then the launcher is killed; nothing is lost."""
-    make, _ = two_ranks
-    plan(
-        folder,
-        {"act": "loop", "rank": 1, "step": 4},
-        {"act": "terminate", "rank": 0, "step": 7},
-        {"act": "kill launcher", "rank": 1, "step": 14},
-    )
-    config = make("chain", "training.steps=100000", "training.epochs=100000")
-    launched = torchrun(config, folder, options=(*STANDALONE, "--max-restarts=2"))
-    assert none_is_left(folder, LIMIT)
-    output = finish(launched, -signal.SIGKILL)
-    # The loop: who waited, for what, for whom; and where that one was.
-    assert "in `all-reduce of the gradients` of step 5 (training.timeout is 3 s): rank 1 (process" in output
-    assert "is alive but did not come: it is busy with step 5" in output
-    assert "rank 1 has been in step 5 for" in output
-    assert "in act" in output  # the function that loops
-    assert "exitcode: 4" in output
-    # The signal to rank 0: both stopped at one step, and the launcher began again from there.
-    assert "stopped by SIGTERM after step" in output
-    # The launcher: the workers noticed, saved and went.
-    assert "the launcher is gone; stopping" in output
-    assert output.count("stopped by SIGTERM after step") == 2
-    stopped = ckpt.read_checkpoint(ckpt.find_checkpoint(config.run_dir))["position"]["step"]
-    assert stopped >= 14
-    straight = make("as_long", f"training.steps={stopped}", "training.epochs=100000")
-    finish(torchrun(straight, folder))
-    # At its end a run reads its losses and measures itself, which the other did not.
-    assert_same_state(straight.run_dir, config.run_dir, but=("best", "history"))
-    earlier = [line for line in losses(straight.run_dir) if line["step"] % 5 == 0]
-    assert earlier[: len(losses(config.run_dir))] == losses(config.run_dir)
-
-
-@pytest.mark.slow
-def test_a_stopped_process_is_named(two_ranks: tuple[Tiny, Path], folder: Path) -> None:
-    make, _ = two_ranks
-    plan(folder, {"act": "stop", "rank": 1, "step": 4})
+def test_processes_that_hang_are_named(tiny: Tiny, folder: Path) -> None:
+    """Of three ranks one loops for ever and one is stopped: all end, and say who, where and for what they waited."""
+    plan(folder, {"act": "loop", "rank": 1, "step": 4}, {"act": "stop", "rank": 2, "step": 4})
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    config = make("stopped")
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [start([sys.executable], config, folder, RANK=rank, LOCAL_RANK=rank, **place) for rank in ("0", "1")]
-    output = finish(ranks[0], heartbeat.LOST_STATUS)
-    assert f"rank 1 (process {ranks[1].pid} on " in output
-    assert "gives no sign of life: killed, stopped or cut off, last heard of in" in output
-    assert "in `all-reduce of the gradients` of step 5" in output
-    os.kill(ranks[1].pid, signal.SIGCONT)  # it finds that the others are gone
-    assert "rank 0" in finish(ranks[1], heartbeat.LOST_STATUS)
+    config = tiny("hanging", "training.timeout=3")
+    place = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [start([sys.executable], config, folder, RANK=rank, LOCAL_RANK=rank, **place) for rank in "012"]
+    waiting = finish(ranks[0], heartbeat.LOST_STATUS)
+    assert "in `all-reduce of the gradients` of step 5 (training.timeout is 3 s): " in waiting
+    assert f"rank 1 (process {ranks[1].pid} on {socket.gethostname()}) is alive but did not come: it is busy" in waiting
+    assert f"rank 2 (process {ranks[2].pid} on {socket.gethostname()}) gives no sign of life" in waiting
+    looping = finish(ranks[1], heartbeat.LOST_STATUS)
+    assert "rank 1 has been in step 5 for" in looping
+    assert "in act" in looping  # the function that loops
+    os.kill(ranks[2].pid, signal.SIGCONT)  # it finds that the others are gone
+    stopped = finish(ranks[2], heartbeat.LOST_STATUS)
+    assert "rank 2 waited" in stopped
+    assert "rank 0" in stopped
 
 
 @pytest.mark.slow
@@ -383,8 +343,8 @@ def test_the_others_say_who_is_to_blame(store: dist.Store) -> None:
 
 
 def test_rank_0_may_take_any_time_but_not_die(store: dist.Store) -> None:
-    main, other = hearts(store, 2, timeout=1.0)
-    later = threading.Timer(2.5, main.hand_over, ["ready"])
+    main, other = hearts(store, 2, timeout=0.5)
+    later = threading.Timer(1.2, main.hand_over, ["ready"])
     later.start()
     assert other.hand_over(None) == "ready"  # longer than the time-out
     later.join()
