@@ -240,7 +240,7 @@ class Heartbeat:
                 activity, spent = self._activity, 0.0
                 continue
             spent += min(slept, 2 * self._interval)  # the time in which this process was stopped does not count
-            if not activity.unbounded and spent > _PATIENCE * self._timeout:
+            if self._world_size > 1 and not activity.unbounded and spent > _PATIENCE * self._timeout:
                 self._give_up(activity.what, spent)
 
     def _look_at_launcher(self) -> None:
@@ -251,8 +251,12 @@ class Heartbeat:
 
     def _give_up(self, what: str, seconds: float) -> None:
         """End this process from here: its main thread cannot."""
-        message = f"rank {self._rank} has been in {what} for {seconds:.1f} s and is given up; this is where it hangs:"
-        print(f"cyclegan-fast: {message}", file=sys.stderr, flush=True)
+        print(
+            f"cyclegan-fast: rank {self._rank} has been in {what} for {seconds:.1f} s (training.timeout is "
+            f"{self._timeout:g} s) and is given up; this is where it hangs:",
+            file=sys.stderr,
+            flush=True,
+        )
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         self.ended(f"it hung in {what}")
         os._exit(LOST_STATUS)

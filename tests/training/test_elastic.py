@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+import yaml
 from PIL import Image
 from test_trainer import assert_same_state, losses
 
@@ -221,6 +222,63 @@ def test_sigterm_while_pictures_are_decoded(tiny: Tiny, dataset: Path, folder: P
     assert "stopped by SIGTERM at once" in output
     assert list(cache.glob("*.tmp")) == []
     assert not ckpt.step_checkpoints(config.run_dir)
+
+
+STAND_INS = {
+    "srun": 'exec "$@"',
+    "torchrun": 'echo "$@" > torchrun.txt; echo $$ > pid; trap "exit 1" TERM; for i in {1..100}; do sleep 0.1; done; exit 3',
+    "scancel": 'echo "$@" > scancel.txt; kill -TERM $(cat pid)',
+    "scontrol": '[ $1 = show ] && printf "n-1\\nn-2\\n" || echo "$@" > requeue.txt',
+}
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["told-to-stop", "failed"])
+def test_the_slurm_script(tmp_path: Path, told: bool) -> None:
+    """It passes SIGTERM on to the launchers and queues the job again; a failure it passes on as it is."""
+    for name, commands in STAND_INS.items():
+        (tmp_path / name).write_text("#!/bin/bash\n" + commands.replace("{1..100}", "{1..100}" if told else "1") + "\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n-[1-2]", "SLURM_NNODES": "2"}
+    script = subprocess.Popen(
+        ["bash", str(ROOT / "docs" / "slurm" / "train.sbatch"), "a.yaml", "training.global_batch=16"],
+        cwd=tmp_path,
+        env={**os.environ, **job, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )
+    end = time.monotonic() + 20
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    if told:
+        time.sleep(0.2)
+        script.send_signal(signal.SIGTERM)
+    assert script.wait(timeout=30) == (1 if told else 3)
+    arguments = (tmp_path / "torchrun.txt").read_text().split()
+    assert {"--rdzv-endpoint=n-1:29500", "--nnodes=2", "--rdzv-id=7", "--resume"} <= set(arguments)
+    assert arguments[arguments.index("train.py") :] == [
+        *("train.py", "--config", "a.yaml", "--resume", "training.global_batch=16"),
+    ]
+    if told:
+        assert (tmp_path / "scancel.txt").read_text() == "--signal=TERM 7\n"
+        assert (tmp_path / "requeue.txt").read_text() == "requeue 7\n"
+    assert (tmp_path / "requeue.txt").exists() == told
+
+
+def test_the_kubernetes_manifest_agrees_with_itself() -> None:
+    service, job = yaml.safe_load_all((ROOT / "docs" / "kubernetes" / "train.yaml").read_text())
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    name, port = job["metadata"]["name"], service["spec"]["ports"][0]["port"]
+    assert service["spec"]["selector"] == {"job-name": name}
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert f"--rdzv-endpoint={name}-0.{pod['subdomain']}:{port}" in container["args"]
+    assert f"--nnodes={job['spec']['completions']}" in container["args"]
+    assert f"--nproc-per-node={container['resources']['limits']['nvidia.com/gpu']}" in container["args"]
+    assert int(container["env"][0]["value"]) < pod["terminationGracePeriodSeconds"]
+    settings = [
+        word for word in container["args"][container["args"].index("train.py") :] if re.match(r"[a-z_.]+=", word)
+    ]
+    assert load_config(None, settings).training.global_batch == 16
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
 
 
 def test_the_workers_of_one_launch_continue_what_they_began(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
