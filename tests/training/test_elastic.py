@@ -226,7 +226,9 @@ def test_sigterm_while_pictures_are_decoded(tiny: Tiny, dataset: Path, folder: P
 
 STAND_INS = {
     "srun": 'exec "$@"',
-    "torchrun": 'echo "$@" > torchrun.txt; echo $$ > pid; trap "exit 1" TERM; for i in {1..100}; do sleep 0.1; done; exit 3',
+    "torchrun": (
+        'echo "$@" > torchrun.txt; echo $$ > pid; trap "exit 1" TERM; for i in {1..100}; do sleep 0.1; done; exit 3'
+    ),
     "scancel": 'echo "$@" > scancel.txt; kill -TERM $(cat pid)',
     "scontrol": '[ $1 = show ] && printf "n-1\\nn-2\\n" || echo "$@" > requeue.txt',
 }
@@ -274,9 +276,7 @@ def test_the_kubernetes_manifest_agrees_with_itself() -> None:
     assert f"--nnodes={job['spec']['completions']}" in container["args"]
     assert f"--nproc-per-node={container['resources']['limits']['nvidia.com/gpu']}" in container["args"]
     assert int(container["env"][0]["value"]) < pod["terminationGracePeriodSeconds"]
-    settings = [
-        word for word in container["args"][container["args"].index("train.py") :] if re.match(r"[a-z_.]+=", word)
-    ]
+    settings = [word for word in container["args"] if re.match(r"[a-z_.]+=", word)]
     assert load_config(None, settings).training.global_batch == 16
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
 
