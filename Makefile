@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 # Which build of torch: cpu, cuda, or auto, which looks for an NVIDIA GPU.
 TORCH  ?= auto
 
-.PHONY: setup native demo test check kernels bench sanitize format clean
+.PHONY: setup native demo test check kernels bench soak sanitize format clean
 
 setup: $(VENV)/.ready
 
@@ -87,6 +87,10 @@ kernels: setup
 # The microbenchmarks on this machine, into bench/results/; BENCH='-k instance_norm --budget 600' to choose.
 bench: setup
 	$(BIN)/python -m pytest bench -q --benchmark-columns=median,iqr,rounds $(BENCH)
+
+# 2,000 steps on two processes with kills at random, against the same undisturbed; SOAK='--steps 500 --faults 9' to choose.
+soak: setup
+	$(BIN)/python bench/soak.py $(SOAK)
 
 format: setup
 	$(BIN)/ruff format .

@@ -1,8 +1,8 @@
 """The command ``cyclegan-fast``: arguments in, calls of the package, exit status out.
 
 Exit status: 0 done; 1 done but for some files, which are listed; 2 wrong input (arguments, configuration, data,
-checkpoint); 3 the training blew up, or its processes came to differ; 130 and 143 stopped by SIGINT or SIGTERM with
-everything saved.
+checkpoint); 3 the training blew up, or its processes came to differ; 4 another process of the training ended or hangs,
+or this one hung; 130 and 143 stopped by SIGINT or SIGTERM with everything saved.
 """
 
 from __future__ import annotations
@@ -165,6 +165,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if _is_main():
         print(to_yaml(config), flush=True)
 
+    from cyclegan_fast.heartbeat import LOST_STATUS, LostRankError
     from cyclegan_fast.training.replicas import ReplicaError
     from cyclegan_fast.training.trainer import Interrupted, NonFiniteLossError, train
 
@@ -173,6 +174,8 @@ def _train(arguments: argparse.Namespace) -> int:
     except Interrupted as stop:
         logging.info("%s", stop)
         return 128 + stop.signum
+    except LostRankError:  # which was reported when it was noticed
+        return LOST_STATUS
     except (NonFiniteLossError, ReplicaError) as error:
         print(f"cyclegan-fast: {error}", file=sys.stderr)
         return 3

@@ -197,6 +197,14 @@ class TrainingConfig:
     accumulate: int = _option(
         1, "forward passes whose gradients are averaged into one optimiser step, count", low=1, high=65536
     )
+    global_batch: int | None = _option(
+        None,
+        "pairs in one optimiser step of all processes together, count: whatever the number of processes, each takes "
+        "its equal share, in passes of at most training.batch pairs, and training.accumulate follows and stays 1 here; "
+        "null: batch x accumulate x processes",
+        low=1,
+        high=2**31,
+    )
     lr: float = _option(2e-4, "learning rate of all four networks", above=0)
     lr_scaling: str = _option(
         "none",
@@ -242,6 +250,13 @@ class TrainingConfig:
     device: str = _option("auto", "auto (CUDA when there is one), cpu, cuda or cuda:N")
     threads: int = _option(
         0, "CPU threads of one process; 0: all cores, shared among the processes of a host", low=0, high=1024
+    )
+    timeout: float = _option(
+        600.0,
+        "several processes: seconds that one may keep the others waiting, in a step, an evaluation or a checkpoint's "
+        "writing, before the run ends with a message that names it. Reading the data set is not limited",
+        low=1,
+        high=86400,
     )
 
 
@@ -610,6 +625,11 @@ def _check_together(config: Config) -> None:
         )
     if training.epochs + training.epochs_decay == 0:
         raise ConfigError("training.epochs and training.epochs_decay are both 0: at least one epoch is needed")
+    if training.global_batch is not None and training.accumulate != 1:
+        raise ConfigError(
+            f"training.accumulate = {training.accumulate} and training.global_batch = {training.global_batch}: the "
+            "accumulation follows from the global batch, leave it at 1"
+        )
     if config.loss.identity > 0 and model.channels_A != model.channels_B:
         raise ConfigError(
             f"loss.identity = {config.loss.identity} needs equal channels, but model.channels_A = {model.channels_A} "

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 
@@ -15,8 +17,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-# One rank may decode a whole data set while the others wait for it.
-_TIMEOUT = timedelta(minutes=60)
+from cyclegan_fast.heartbeat import Heartbeat, LostRankError
+
+__all__ = [
+    *("LostRankError", "StopVote", "any_rank", "average", "begin_mean", "broadcast_parameters", "collective"),
+    *(
+        "disagreement",
+        "doing",
+        "ended",
+        "gather_batch",
+        "init",
+        "is_main",
+        "launched",
+        "local_rank",
+        "local_world_size",
+    ),
+    *("main_first", "rank", "shutdown", "world_size"),
+]
+
+# Processes of one start come within minutes of one another; Python and torch may have to be read over a network.
+_JOIN = timedelta(minutes=10)
+
+_heartbeat: Heartbeat | None = None
 
 
 def launched() -> bool:
@@ -34,18 +56,101 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))) if launched() else 1
 
 
-def init(device: torch.device) -> None:
-    """Join the process group if there is one to join; ``device`` is the one this process computes on."""
+def init(device: torch.device, timeout: float = 600.0) -> None:
+    """Join the process group if there is one to join; ``device`` is the one this process computes on.
+
+    timeout: seconds that one process may keep the others waiting in any operation but `main_first`.
+    """
     if not launched() or dist.is_initialized():
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=_TIMEOUT, device_id=device if device.type == "cuda" else None)
+    store, rank, size = next(dist.rendezvous("env://", timeout=_JOIN))
+    start = _meet(dist.PrefixStore("cyclegan_fast", store), rank, size)
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore(start, store),
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=timeout),
+        device_id=device if device.type == "cuda" else None,
+    )
+    _start_heartbeat(start, rank, size, timeout)
+
+
+def _meet(store: dist.Store, rank: int, size: int) -> str:
+    """Wait until all processes of this start are there; returns a name for it, the same on all and never used before.
+
+    torchrun keeps its store when it restarts workers, with all that the dead ones wrote, addresses too. So rank 0
+    answers to a word that a process has just made up, and knows by a second one that the answer was read. Raises
+    RuntimeError naming the ranks that did not come.
+    """
+    mine = uuid.uuid4().hex
+    if rank:
+        store.set(f"hello {rank}", mine)
+        store.wait([f"welcome {mine}"], _JOIN)
+        start = store.get(f"welcome {mine}").decode()
+        store.set(f"{start} has {rank}", "")
+        store.wait([f"{start} begins"], _JOIN)
+        return start
+    missing, answered = set(range(1, size)), set()
+    end, pause = time.monotonic() + _JOIN.total_seconds(), 0.01
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"{mine} has {other}"]):
+                missing.discard(other)
+            elif store.check([f"hello {other}"]) and (word := store.get(f"hello {other}").decode()) not in answered:
+                store.set(f"welcome {word}", mine)
+                answered.add(word)
+        if missing and time.monotonic() > end:
+            raise RuntimeError(f"of {size} ranks, these did not come within {_JOIN}: {sorted(missing)}")
+        time.sleep(pause)
+        pause = min(2 * pause, 0.2)
+    store.set(f"{mine} begins", "")
+    return mine
+
+
+def _start_heartbeat(start: str, rank: int, size: int, timeout: float) -> None:
+    """Signs of life from here on, by a connection of their own: a thread may not share one that waits."""
+    global _heartbeat
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=_JOIN)
+    launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+    own = dist.PrefixStore(f"{start} heartbeat", store)
+    _heartbeat = Heartbeat(own, rank, size, timeout=timeout, launcher=launcher)
 
 
 def shutdown() -> None:
     """Leave the process group."""
+    global _heartbeat
     if dist.is_initialized():
         dist.destroy_process_group()
+    if _heartbeat is not None:  # last: it ends this process where a device keeps it from leaving
+        _heartbeat.close()
+        _heartbeat = None
+
+
+def doing(what: str, *, unbounded: bool = False) -> None:
+    """Tell the other processes what this one does from now on; unbounded: that may take longer than the time-out."""
+    if _heartbeat is not None:
+        _heartbeat.doing(what, unbounded=unbounded)
+
+
+def ended(error: BaseException) -> None:
+    """Tell the other processes that an error ends this one."""
+    if _heartbeat is not None and not isinstance(error, LostRankError):
+        _heartbeat.ended(f"{type(error).__name__}: {str(error)[:500]}")
+
+
+@contextlib.contextmanager
+def collective(name: str) -> Iterator[None]:
+    """The time in which this process waits for all others in an operation; nothing else belongs inside.
+
+    Raises LostRankError, which names the ranks that did not come, when the operation fails or takes too long.
+    """
+    if _heartbeat is None:
+        yield
+        return
+    with _heartbeat.waiting(name):
+        yield
 
 
 def rank() -> int:
@@ -67,19 +172,20 @@ def is_main() -> bool:
 def main_first() -> Iterator[None]:
     """Run the body on rank 0, then on the others, so that only one process builds what all then find ready.
 
-    Raises RuntimeError on the others when rank 0 failed, instead of leaving them to wait.
+    Rank 0 may take any time, while it gives signs of life. Raises LostRankError on the others when it does not, and
+    RuntimeError when it failed.
     """
-    if world_size() == 1:
+    if world_size() == 1 or _heartbeat is None:
         yield
     elif is_main():
-        failed = True
+        outcome = "failed"
         try:
             yield
-            failed = False
+            outcome = "ready"
         finally:
-            any_rank(failed)
+            _heartbeat.hand_over(outcome)
     else:
-        if any_rank(False):
+        if _heartbeat.hand_over(None) == "failed":
             raise RuntimeError("rank 0 failed in preparing what all ranks need; its own message says why")
         yield
 
@@ -89,36 +195,41 @@ def any_rank(flag: bool) -> bool:
     if world_size() == 1:
         return flag
     value = torch.tensor(int(flag))
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    with collective("agreement"):
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value)
 
 
 class StopVote:
-    """Agreement of all ranks on stopping at one and the same step, without waiting for one another.
+    """Agreement of all ranks on stopping, or saving, at one and the same step, without waiting for one another.
 
-    The vote of step ``s`` travels while step ``s`` computes and is read at step ``s + 1``.
+    The vote of step ``s`` travels while step ``s`` computes and is read at step ``s + 1``. The strongest wish wins.
     """
+
+    NOTHING, SAVE, STOP = range(3)
 
     def __init__(self) -> None:
         self._flag = torch.zeros((), dtype=torch.int64)
         self._work: dist.Work | None = None
 
-    def cast(self, stop: bool) -> bool:
+    def cast(self, wish: int) -> int:
         """Vote; returns the outcome of the vote before. A single process is obeyed at once."""
         if world_size() == 1:
-            return stop
+            return wish
         outcome = self.settle()
-        self._flag = torch.tensor(int(stop))
-        self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, async_op=True)
+        self._flag = torch.tensor(wish)
+        with collective("vote on stopping"):
+            self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, async_op=True)
         return outcome
 
-    def settle(self) -> bool:
+    def settle(self) -> int:
         """Wait for the vote under way, if any, and return its outcome."""
         if self._work is None:
-            return False
-        self._work.wait()
+            return self.NOTHING
+        with collective("vote on stopping"):
+            self._work.wait()
         self._work = None
-        return bool(self._flag)
+        return int(self._flag)
 
 
 def broadcast_parameters(modules: Iterable[nn.Module]) -> None:
@@ -128,7 +239,8 @@ def broadcast_parameters(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         for tensor in module.state_dict().values():
             dense = tensor.contiguous()  # gloo takes no other memory order
-            dist.broadcast(dense, src=0)
+            with collective("broadcast of the weights"):
+                dist.broadcast(dense, src=0)
             tensor.copy_(dense)
 
 
@@ -141,11 +253,13 @@ def begin_mean(tensor: Tensor, wire: Tensor | None = None) -> Callable[[], None]
     sent = tensor if wire is None else wire.copy_(tensor)
     divided = wire is None and tensor.is_cuda  # NCCL does so on the way; gloo only in later versions of torch
     operation = dist.ReduceOp.AVG if divided else dist.ReduceOp.SUM
-    work = dist.all_reduce(sent, op=operation, async_op=True)
+    with collective("all-reduce of the gradients"):
+        work = dist.all_reduce(sent, op=operation, async_op=True)
     count = world_size()
 
     def wait() -> None:
-        work.wait()
+        with collective("all-reduce of the gradients"):
+            work.wait()
         if wire is not None:
             tensor.copy_(wire)
         if not divided:
@@ -164,12 +278,14 @@ def disagreement(values: Tensor) -> Tensor | None:
         return None
     values = values.cpu()
     extremes = torch.cat([values, ~values])  # the largest complement is the complement of the smallest
-    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    with collective("comparison of the weights"):
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
     largest, smallest = extremes[: values.numel()], ~extremes[values.numel() :]
     if torch.equal(largest, smallest):
         return None
     everyone = [torch.empty_like(values) for _ in range(world_size())]
-    dist.all_gather(everyone, values)
+    with collective("comparison of the weights"):
+        dist.all_gather(everyone, values)
     return torch.stack(everyone)
 
 
@@ -178,7 +294,8 @@ def average(values: Tensor) -> Tensor:
     if world_size() == 1:
         return values
     values = values.clone()
-    dist.all_reduce(values)
+    with collective("mean of the losses"):
+        dist.all_reduce(values)
     return values / world_size()
 
 
@@ -191,5 +308,6 @@ def gather_batch(images: Tensor) -> Tensor:
     gathered = images.new_empty((world_size() * images.shape[0], *images.shape[1:]))
     # The name that later versions of torch prefer, where there is one.
     gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-    gather(gathered, images)
+    with collective("gathering of the fakes"):
+        gather(gathered, images)
     return gathered.contiguous(memory_format=torch.channels_last) if channels_last else gathered

@@ -22,7 +22,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ class History:
         self._names: list[str] = []
         self._blocks: list[Tensor] = []
         self._rows: list[Tensor] = []
+        self._shared = 0  # of them, the first ones are means over all processes
         self._last: dict[str, Tensor] = {}
 
     def __len__(self) -> int:
@@ -80,14 +81,21 @@ class History:
         blocks = [*self._blocks, *rows]
         return list(self._names), torch.cat(blocks) if blocks else torch.empty(0, len(self._names))
 
+    def share(self, average: Callable[[Tensor], Tensor]) -> None:
+        """Replace the scalars of each step by their means over all processes, which all must ask for together."""
+        _, values = self.peek()
+        if len(values) > self._shared:
+            self._blocks = [torch.cat([values[: self._shared], average(values[self._shared :])])]
+            self._rows, self._shared = [], len(values)
+
     def take(self) -> tuple[list[str], Tensor, dict[str, Tensor]]:
         """Names, values [steps, names] on the device and the last step's extra scalars; forgets them."""
         taken = *self.peek(), self._last
-        self._blocks, self._rows, self._last = [], [], {}
+        self._blocks, self._rows, self._shared, self._last = [], [], 0, {}
         return taken
 
     def state_dict(self) -> dict[str, Any]:
-        """The steps not read yet, so that a resumed run's records are those of an uninterrupted one."""
+        """The steps not read yet, so that a resumed run's records are those of an uninterrupted one; shared first."""
         names, values = self.peek()
         return {"names": names, "values": values}
 
@@ -96,6 +104,7 @@ class History:
         blocks = [torch.stack(state["rows"])] if state.get("rows") else [state["values"]] if "values" in state else []
         self._names, self._rows, self._last = list(state["names"]), [], {}
         self._blocks = [block.to(device) for block in blocks if len(block)]
+        self._shared = len(self)
 
 
 class Monitor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -17,6 +18,10 @@ from cyclegan_fast.config import Config
 from cyclegan_fast.device import AUTOCAST, arithmetic, resolve_precision
 from cyclegan_fast.machine import keep_freed_memory, usable_cores
 
+# A launcher passes on a signal that its workers got themselves, as when a job scheduler or a terminal signals them all:
+# within this time, in seconds, it is one request.
+_ONE_REQUEST = 3.0
+
 
 @dataclass
 class Stop:
@@ -27,24 +32,51 @@ class Stop:
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[Stop]:
-    """Turn SIGTERM and SIGINT into a request to stop after the step; a second one acts as usual, at once."""
+    """Turn SIGTERM and SIGINT into a request to stop after the step; a later one acts as it did before, at once."""
     stop = Stop()
-    previous: dict[int, Any] = {}
+    since = 0.0
 
     def request(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature of a signal handler
-        stop.signum = signum
-        signal.signal(signum, previous[signum])
+        nonlocal since
+        if stop.signum is None:
+            stop.signum, since = signum, time.monotonic()
+        elif time.monotonic() - since > _ONE_REQUEST:
+            signal.signal(signum, previous[signum])
+            signal.raise_signal(signum)
 
+    with _handled(request) as previous:
+        yield stop
+
+
+@contextlib.contextmanager
+def stopped_by_signals(error: Callable[[int], BaseException]) -> Iterator[None]:
+    """Raise ``error(signum)`` at SIGTERM and SIGINT: for when there is nothing to finish, but something to tidy up."""
+    since: float | None = None
+
+    def stop(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature of a signal handler
+        nonlocal since
+        if since is None or time.monotonic() - since > _ONE_REQUEST:
+            since = time.monotonic()
+            raise error(signum)
+
+    with _handled(stop):
+        yield
+
+
+@contextlib.contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[dict[int, Any]]:
+    """Handle SIGTERM and SIGINT; yields the handlers before, which come back at the end."""
+    previous: dict[int, Any] = {}
     try:
         for wanted in (signal.SIGTERM, signal.SIGINT):
-            previous[wanted] = signal.signal(wanted, request)
+            previous[wanted] = signal.signal(wanted, handler)
     except ValueError:  # not in the main thread: whoever runs us there keeps the signals
         previous.clear()
     try:
-        yield stop
+        yield previous
     finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
+        for signum, before in previous.items():
+            signal.signal(signum, before)
 
 
 @contextlib.contextmanager

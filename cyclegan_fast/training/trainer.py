@@ -31,12 +31,22 @@ from cyclegan_fast.evaluation.figures import curves_figure
 from cyclegan_fast.models import cost
 from cyclegan_fast.roofline import measured
 from cyclegan_fast.training import checkpoint as ckpt
+from cyclegan_fast.training import elastic
 from cyclegan_fast.training.build import build_networks, build_state, executed, resolved_impl
-from cyclegan_fast.training.graph import CudaRecorder, Draws, GraphStep, Packed, Recorder, draw_fields, step_batch
+from cyclegan_fast.training.graph import (
+    WARMUP,
+    CudaRecorder,
+    Draws,
+    GraphStep,
+    Packed,
+    Recorder,
+    draw_fields,
+    step_batch,
+)
 from cyclegan_fast.training.image_pool import ImagePool, pool_draws
 from cyclegan_fast.training.lock import run_lock
 from cyclegan_fast.training.monitor import SCALARS, History, Monitor
-from cyclegan_fast.training.process import catch_signals, process_settings
+from cyclegan_fast.training.process import catch_signals, process_settings, stopped_by_signals
 from cyclegan_fast.training.replicas import Replicas
 from cyclegan_fast.training.samples import Samples
 from cyclegan_fast.training.schedule import lr_factor, lr_scale
@@ -59,6 +69,7 @@ _FREE: tuple[str, ...] = (
     "distributed.",
     "monitor.",
     *(f"training.{name}" for name in ("epochs", "steps", "batch", "accumulate", "precision", "channels_last")),
+    *(f"training.{name}" for name in ("global_batch", "timeout")),
     *(f"training.{name}" for name in ("mode", "impl", "recompute", "streams", "deterministic", "device", "threads")),
     "training.compile",  # of checkpoints before there was training.mode
 )
@@ -75,32 +86,41 @@ class NonFiniteLossError(RuntimeError):
 
 
 class Interrupted(Exception):  # noqa: N818 - it is not an error
-    """A signal ended the run after the step under way; everything is saved."""
+    """A signal ended the run: after the step under way, with everything saved, or, without a step, at once."""
 
-    def __init__(self, signum: int, step: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}; continue with --resume")
+    def __init__(self, signum: int, step: int | None) -> None:
+        when = "at once: what was saved before stands" if step is None else f"after step {step}"
+        super().__init__(f"stopped by {signal.Signals(signum).name} {when}; continue with --resume")
         self.signum = signum
 
 
 def train(config: Config, *, resume: bool = False) -> Path:
     """Train as configured and return the run folder.
 
-    With ``resume`` an earlier run in that folder is continued, if there is one. Raises RunExistsError when there is
-    one and ``resume`` is off, RunLockedError when another process is at work there, NonFiniteLossError when the
-    training blows up, ReplicaError when the processes do not hold the same state, Interrupted after SIGTERM or SIGINT,
-    and what the configuration, the data and the checkpoints raise.
+    With ``resume`` an earlier run in that folder is continued, if there is one, and without it if this process is a
+    worker that torchrun restarted. Raises RunExistsError when there is one and ``resume`` is off, RunLockedError when
+    another process is at work there, NonFiniteLossError when the training blows up, ReplicaError when the processes do
+    not hold the same state, LostRankError when another process of the run ended or hangs, Interrupted after SIGTERM or
+    SIGINT, and what the configuration, the data and the checkpoints raise.
     """
     device = resolve_device(config.training.device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", distributed.local_rank())
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    distributed.init(device)
+    distributed.init(device, config.training.timeout)
     try:
-        with process_settings(config, device), _locked(config):
+        with (
+            stopped_by_signals(lambda signum: Interrupted(signum, None)),
+            process_settings(config, device),
+            _locked(config),
+        ):
             trainer = Trainer(config, device, resume=resume)
             trainer.fit()
         return config.run_dir
+    except BaseException as error:
+        distributed.ended(error)
+        raise
     finally:
         distributed.shutdown()
 
@@ -109,11 +129,13 @@ class Trainer:
     """One run: its data, its state and the loop over its steps."""
 
     def __init__(self, config: Config, device: torch.device, *, resume: bool = False) -> None:
-        self.config, self.device = config, device
-        self._replicas = Replicas(self._replicated, every=config.distributed.check_every)
+        self._given, self.device = config, device
         self.run_dir = config.run_dir
         self.precision = resolve_precision(config.training.precision, device)
         found = _prepare_run(config, resume)
+        config = elastic.partitioned(config, distributed.world_size(), found[1] if found else None)
+        self.config = config
+        self._replicas = Replicas(self._replicated, every=config.distributed.check_every)
         self.data: TrainingData = open_training_data(
             config,
             rank=distributed.rank(),
@@ -167,7 +189,7 @@ class Trainer:
 
     def fit(self) -> None:
         """Run the remaining steps, with everything that happens between them."""
-        total, votes = self.total_steps, distributed.StopVote()
+        first, total, votes = self.step, self.total_steps, distributed.StopVote()
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(catch_signals())
             self._monitor = monitor = stack.enter_context(contextlib.closing(self._open_monitor(total)))
@@ -175,6 +197,8 @@ class Trainer:
                 stack.callback(self._graph.graph.release)  # before the process group goes
             batches = stack.enter_context(contextlib.closing(self._batches(total)))
             while self.step < total:
+                # The first steps compile and record, which takes what it takes, on all ranks alike.
+                distributed.doing(f"step {self.step + 1}", unbounded=self.step <= first + WARMUP)
                 waited = time.perf_counter()
                 batch = next(batches)
                 monitor.waited(time.perf_counter() - waited)
@@ -195,12 +219,13 @@ class Trainer:
                 if last or self._due(self.config.checkpoint.every_epochs) or self._milestone():
                     self._evaluate(monitor)
                     self._save()
-                elif self._overdue():
+                outcome = votes.cast(votes.STOP if stop.signum is not None else self._overdue() * votes.SAVE)
+                if outcome and not last:
                     self._save()
-                if votes.cast(stop.signum is not None) and not last:
-                    self._save()
+                if outcome == votes.STOP and not last:
                     raise Interrupted(stop.signum or signal.SIGTERM, self.step)
             votes.settle()
+        distributed.doing("the end of the run", unbounded=True)
         if distributed.is_main():
             self._draw_curves()
 
@@ -266,6 +291,7 @@ class Trainer:
         They are means over steps and ranks, but the gradients' norms those of the last step. Raises NonFiniteLossError
         at the first step with a loss or a gradient that is no number.
         """
+        self.history.share(distributed.average)
         names, values = self.history.peek()
         bad = self._first_bad(names, values)
         if distributed.any_rank(bad is not None):  # all ranks stop together
@@ -275,7 +301,7 @@ class Trainer:
             what = f"every gradient at every loss scale down to {scaler.get_scale():.2g}"
             self._report_non_finite(self.step, [what], together=True)
         names, values, extra = self.history.take()
-        means = dict(zip(names, distributed.average(values.mean(dim=0)).tolist(), strict=True))
+        means = dict(zip(names, values.mean(dim=0).tolist(), strict=True))
         last = dict(zip(names, values[-1].tolist(), strict=True)) | {
             name: float(value) for name, value in extra.items()
         }
@@ -357,8 +383,12 @@ class Trainer:
         return epoch if rest == 0 and epoch in self.config.checkpoint.milestones else None
 
     def _overdue(self) -> bool:
+        """Whether it is time to save again, by rank 0's clock; true once, as saving takes a vote."""
         minutes = self.config.checkpoint.every_minutes
-        return bool(minutes) and distributed.is_main() and time.monotonic() - self._saved_at > 60 * minutes
+        overdue = bool(minutes) and distributed.is_main() and time.monotonic() - self._saved_at > 60 * minutes
+        if overdue:
+            self._saved_at = time.monotonic()
+        return overdue
 
     def _show_samples(self, monitor: Monitor) -> None:
         if distributed.is_main():
@@ -378,8 +408,10 @@ class Trainer:
             self.best, self.best_step = value, self.step
 
     def _save(self) -> None:
-        """Write the checkpoint of this step, keep it under its further names, drop old ones."""
+        """Write the checkpoint of this step, keep it under its further names, drop old ones; all ranks call."""
+        distributed.doing(f"step {self.step}, saving")
         self._saved_at = time.monotonic()
+        self.history.share(distributed.average)
         if not distributed.is_main():
             return
         self._check_health()
@@ -403,7 +435,7 @@ class Trainer:
         """All that a run consists of at this moment."""
         loader = self.data.loader
         return {
-            "config": to_dict(self.config),
+            "config": to_dict(self._given),
             **{name: module.state_dict() for name, module in self.modules.items()},
             "optimizer_G": _portable(self.state.optimizer_G, self._lr),
             "optimizer_D": _portable(self.state.optimizer_D, self._lr),
@@ -459,7 +491,8 @@ class Trainer:
         if position["pairs_per_step"] != self.pairs_per_step:
             raise ConfigError(
                 f"{path} took {position['pairs_per_step']} pairs a step; training.batch x training.accumulate x "
-                f"processes is now {self.pairs_per_step}: choose them so that the product stays the same"
+                f"processes is now {self.pairs_per_step}: choose them so that the product stays the same "
+                f"({elastic.shares(position['pairs_per_step'], distributed.world_size())})"
             )
         try:
             for name, module in self.modules.items():
@@ -476,6 +509,9 @@ class Trainer:
         if distributed.is_main():
             self._keep_also(path)
             logger.info("resumed from %s: step %d of %d", path, self.step, self.total_steps)
+            if self.config != self._given:
+                count, batch, together = self._counts
+                logger.info("a step's %d pairs: %d at a time, training.batch %d", together * count, together, batch)
 
     def _open_graph(self) -> GraphStep | None:
         """The step as a graph, or None where its shapes vary. It runs eagerly where there is nothing to record it."""
@@ -551,6 +587,9 @@ def _writing(config: Config) -> Iterator[None]:
 def _prepare_run(config: Config, resume: bool) -> tuple[Path, dict[str, Any]] | None:
     """Find what to resume from, and clear away what a killed run left. Raises RunExistsError, CheckpointError."""
     run_dir = config.run_dir
+    if not resume and distributed.any_rank(distributed.is_main() and elastic.begun_by_this_launch(run_dir)):
+        logger.info("a restarted worker: continuing the run that this launch began")
+        resume = True
     with distributed.main_first():
         found = ckpt.read_latest(run_dir) if resume else None
         if not distributed.is_main():
@@ -560,6 +599,8 @@ def _prepare_run(config: Config, resume: bool) -> tuple[Path, dict[str, Any]] | 
             raise RunExistsError(
                 f"{run_dir} holds a run already: continue it with --resume, or choose another `name` or `out`"
             )
+        with _writing(config):
+            elastic.sign(run_dir)
         if found is not None:
             ckpt.set_aside(run_dir, found[0])
     return found
