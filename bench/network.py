@@ -8,8 +8,8 @@ joined by a veth pair, with delay by two TUN devices and bench/delay_line.py, wh
 `netem` queue that would do it in the kernel is missing in many. It needs Linux, root, and `ip` and `tc` (iproute2).
 The namespaces go with the program, also when it is interrupted; after a kill -9 the next run clears them away.
 
-For each link: a worker on either host times collectives, from which bandwidth and latency follow (least squares over
-sizes); bench/scaling.py predicts the step from them and from the step that each host makes alone, at the same time but
+For each link: two processes time collectives, from which bandwidth and latency follow (least squares over sizes);
+bench/communication.py predicts the step from them and from the step that each host makes alone, at the same time but
 without the other; then `torchrun train.py` trains on both, one agent in each namespace, and its scalars.jsonl says how
 long a step took. The last of these is never an input to the ones before it.
 """
@@ -19,6 +19,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import functools
+import itertools
 import json
 import os
 import re
@@ -30,15 +32,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from communication import Gloo, Plan, divided, timeline
 from model import Task
 from provenance import provenance
-from scaling import Gloo, Plan, divided, timeline
 from tables import write_both
 
 from cyclegan_fast.models import cost
@@ -227,7 +229,7 @@ def on_both(hosts: Sequence[Host], commands: Sequence[Sequence[str | Path]], tim
             if process.poll() != 0:
                 log.seek(0)
                 state = "did not end in time" if process.poll() is None else f"ended with {process.poll()}"
-                raise RuntimeError(f"`{' '.join(map(str, process.args))}` {state}:\n{log.read()[-3000:]}")  # type: ignore[arg-type]
+                raise RuntimeError(f"`{' '.join(map(str, process.args))}` {state}:\n{log.read()[-3000:]}")
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
@@ -268,20 +270,21 @@ def worker(file: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     found: dict[str, Any] = {"all_reduce": {}, "all_gather": {}}
-    for size in (_SIZES[-1],) * 2 + _SIZES:  # the largest first, unheeded: they open the connection's window
+    for size in (_SIZES[-1], *_SIZES):  # the largest first, unheeded: it opens the connection's window
         buffer = torch.zeros(max(size // 4, 1))
-        both = torch.empty(2 * buffer.numel())
-        found["all_reduce"][size] = _median(lambda: dist.all_reduce(buffer))  # noqa: B023 - called at once
-        found["all_gather"][size] = _median(lambda: dist.all_gather_into_tensor(both, buffer))  # noqa: B023
+        found["all_reduce"][size] = _median(functools.partial(dist.all_reduce, buffer))
+    for size in _SIZES:
+        buffer, both = torch.zeros(max(size // 4, 1)), torch.empty(2 * max(size // 4, 1))
+        found["all_gather"][size] = _median(functools.partial(dist.all_gather_into_tensor, both, buffer))
     source = torch.zeros(2**23)
     target = torch.empty_like(source)
-    found["copy"] = 2 * 4 * source.numel() / _median(lambda: target.copy_(source))
+    found["copy"] = 2 * 4 * source.numel() / _median(functools.partial(target.copy_, source))
     if dist.get_rank() == 0:
         file.write_text(json.dumps(found), encoding="utf-8")
     dist.destroy_process_group()
 
 
-def _median(call: Any) -> float:
+def _median(call: Callable[[], object]) -> float:
     import torch.distributed as dist
 
     times = []
@@ -349,7 +352,7 @@ _WARM_UP = 3  # windows that are left out: caches, allocators, and the connectio
 def _windows(run: Path) -> list[float]:
     lines = [json.loads(line) for line in (run / "scalars.jsonl").read_text(encoding="utf-8").splitlines()]
     times = [line["time"] for line in lines]
-    return [(later - sooner) / _WINDOW for sooner, later in zip(times, times[1:], strict=False)][_WARM_UP:]
+    return [(later - sooner) / _WINDOW for sooner, later in itertools.pairwise(times)][_WARM_UP:]
 
 
 def _settings(folder: Path, task: Task, steps: int) -> list[str]:
@@ -507,8 +510,8 @@ def _explanation(content: dict[str, Any]) -> str:
     return (
         f"Two processes of one thread, batch {task.batch} each, {task.size} pixels, ngf = ndf = {task.ngf}, "
         f"{task.blocks} blocks, fp32: gradients of {sizes[0]:.2f} and {sizes[1]:.2f} MB, twice {compute.fake / 1e3:.0f} "
-        f"kB of fakes; {alone} ms a step for each alone. Milliseconds but for the last two columns; ± half the range of "
-        f"the windows of {_WINDOW} steps."
+        f"kB of fakes; {alone} ms a step for each alone. Milliseconds but for the last two columns; ± half the range "
+        f"of the windows of {_WINDOW} steps."
     )
 
 

@@ -1,9 +1,7 @@
-"""What many processes cost: a model of the communication of a training step, and what it lets expect of many GPUs.
-
-    python bench/scaling.py [--write]        # prints its tables; --write puts them into docs/ and bench/results/
+"""What many processes cost: a model of the communication of a training step. bench/scaling.py predicts by it.
 
 A step computes the generators' pass, reduces their gradients, computes the discriminators' pass on fakes that came
-through the image pool, and reduces the discriminators' gradients. What travels: all gradients in float32 (`Traffic`);
+through the image pool, and reduces the discriminators' gradients. What travels: all gradients in float32;
 the fakes of all processes to every process, because they share one pool; the vote on stopping, one integer, by the CPU.
 
 `timeline` lays a step out in time: one processor that computes, one channel that takes one collective after another.
@@ -18,11 +16,10 @@ shared with others, NCCL's reduction inside NVSwitch, and the reading of data.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from model import DEVICES, STREAMING, WAYS, Task, predicted
@@ -231,7 +228,8 @@ class Plan:
     leave as their gradients become final; ``discriminators``, and the generators step only after the discriminators'
     pass, so that their reduction may last so long. ``early``: fakes are gathered as soon as there are any, and not
     when the discriminators need them. ``shared``: one pool for all processes. ``half``: gradients travel in bfloat16.
-    ``log_every``: steps between readings of the losses, which wait for all processes.
+    ``log_every``: steps between readings of the losses, which wait for all processes; ``vote_every``: steps between
+    votes on stopping, of which one is under way at a time.
     """
 
     overlap: str = "none"
@@ -240,6 +238,7 @@ class Plan:
     shared: bool = True
     half: bool = False
     log_every: int = 50
+    vote_every: int = 1
 
     def __post_init__(self) -> None:
         if self.overlap not in ("none", "backward", "discriminators"):
@@ -314,7 +313,7 @@ def _ready(runs: Sequence[cost.Pass], begin: float, scale: float) -> tuple[tuple
 
 
 def buckets(ready: Sequence[tuple[float, int]], plan: Plan) -> list[tuple[float, float]]:
-    """(when it may leave, bytes that travel) of each reduction: a bucket is full when it holds ``plan.bucket`` bytes."""
+    """(when it may leave, bytes that travel) of each reduction; a bucket is full at ``plan.bucket`` bytes."""
     least = math.inf if plan.overlap == "none" else plan.bucket
     share = 0.5 if plan.half else 1.0
     result, filled = [], 0.0
@@ -379,7 +378,7 @@ def timeline(compute: Compute, network: Network, processes: int, plan: Plan) -> 
     now = wait("discriminators", reduced_D)
     now = copied(_moved(compute.ready_D, plan)) + compute.adam_D
     vote = network.vote(processes)
-    now = wait("vote", vote)  # of the step before: it has had one step's time
+    now = wait("vote", vote / plan.vote_every)  # the one before has had so many steps' time
     now = wait("reading", now + (vote + network.all_reduce(processes, 64)) / plan.log_every)
     step.total = now
     return step
