@@ -509,9 +509,9 @@ def _explanation(content: dict[str, Any]) -> str:
     alone = f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}"
     return (
         f"Two processes of one thread, batch {task.batch} each, {task.size} pixels, ngf = ndf = {task.ngf}, "
-        f"{task.blocks} blocks, fp32: gradients of {sizes[0]:.2f} and {sizes[1]:.2f} MB, twice {compute.fake / 1e3:.0f} "
-        f"kB of fakes; {alone} ms a step for each alone. Milliseconds but for the last two columns; ± half the range "
-        f"of the windows of {_WINDOW} steps."
+        f"{task.blocks} blocks, fp32: gradients of {sizes[0]:.2f} and {sizes[1]:.2f} MB, twice "
+        f"{compute.fake / 1e3:.0f} kB of fakes; {alone} ms a step for each alone. Milliseconds but for the last two "
+        f"columns; ± half the range of the windows of {_WINDOW} steps."
     )
 
 
