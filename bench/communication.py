@@ -193,21 +193,26 @@ CLUSTERS = {
 # ------------------------------------------------------------------- the step
 
 
+# When gradients are final, in seconds since the pass began, and their bytes; by network, in the order of the backward
+# pass.
+Ready = tuple[tuple[tuple[float, int], ...], ...]
+
+
 @dataclass(frozen=True)
 class Compute:
-    """What one process computes in a step, in seconds; ``ready_*`` holds (seconds since the pass began, bytes).
+    """What one process computes in a step, in seconds.
 
     ``generators`` and ``discriminators`` are the passes of one micro-batch, forward and backward, of which there are
-    ``accumulate``; ``fakes``: from the start of the first to its fakes; ``fake``: bytes of one domain's fakes. A
-    gradient is final when the backward pass is through with its layer for the last time.
+    ``accumulate``; ``forward``: the generators' forward pass alone; ``fake``: bytes of one domain's fakes. A gradient
+    is final when the backward pass is through with its layer for the last time.
     """
 
     generators: float
     discriminators: float
-    fakes: float
+    forward: float
     fake: int
-    ready_G: tuple[tuple[float, int], ...]
-    ready_D: tuple[tuple[float, int], ...]
+    ready_G: Ready
+    ready_D: Ready
     adam_G: float = 0.0
     adam_D: float = 0.0
     accumulate: int = 1
@@ -224,25 +229,28 @@ class Compute:
 class Plan:
     """What may run beside what, and what travels.
 
-    ``overlap``: ``none``, one reduction after each backward pass; ``backward``, buckets of at least ``bucket`` bytes
-    leave as their gradients become final; ``discriminators``, and the generators step only after the discriminators'
-    pass, so that their reduction may last so long. ``early``: fakes are gathered as soon as there are any, and not
-    when the discriminators need them. ``shared``: one pool for all processes. ``half``: gradients travel in bfloat16.
-    ``log_every``: steps between readings of the losses, which wait for all processes; ``vote_every``: steps between
-    votes on stopping, of which one is under way at a time.
+    ``overlap``: ``none``, one reduction after each backward pass; ``backward``, buckets of at most ``bucket`` bytes of
+    one network leave as their gradients become final; ``discriminators``, and the generators' optimiser runs after the
+    discriminators' pass only, so that their reduction may last so long. ``gather``: fakes travel ``late``, when the
+    discriminators need them; after the generators' ``forward`` pass, which waits for them; or from then on ``beside``
+    the backward pass. ``shared``: one pool for all processes, else no fakes travel. ``half``: gradients travel in
+    bfloat16. ``log_every``: steps between readings of the losses, which wait for all processes; ``vote_every``: steps
+    between votes on stopping, of which one is under way at a time.
     """
 
     overlap: str = "none"
+    gather: str = "late"
     bucket: float = 25e6
-    early: bool = False
     shared: bool = True
     half: bool = False
     log_every: int = 50
     vote_every: int = 1
 
     def __post_init__(self) -> None:
-        if self.overlap not in ("none", "backward", "discriminators"):
-            raise ValueError(f"overlap = {self.overlap!r} is not one of none, backward, discriminators")
+        allowed = {"overlap": ("none", "backward", "discriminators"), "gather": ("late", "forward", "beside")}
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} = {getattr(self, name)!r} is not one of {', '.join(values)}")
 
 
 @dataclass
@@ -269,16 +277,15 @@ def divided(step: cost.Step, passes: float, adam: float, copy: float = math.inf,
     runs = cost.step_passes(step)
     first, again, judged, trained = runs[:2], runs[2:4], runs[4:6], runs[6:]
     scale = passes / sum(_forward(run) + _backward(run) for run in runs)
-    until_first = sum(map(_forward, first + again + judged)) + sum(map(_backward, again + judged))
-    ready_G, generators = _ready(list(reversed(first)), until_first, scale)
-    ready_D, discriminators = _ready(list(reversed(trained)), sum(map(_forward, trained)), scale)
-    parameters = [sum(size for _, size in ready) for ready in (ready_G, ready_D)]
-    adam_G = adam * parameters[0] / sum(parameters)
+    forward = sum(map(_forward, first + again + judged))
+    ready_G, generators = _ready(first, forward + sum(map(_backward, again + judged)), scale)
+    ready_D, discriminators = _ready(trained, sum(map(_forward, trained)), scale)
+    adam_G = adam * total_bytes(ready_G) / (total_bytes(ready_G) + total_bytes(ready_D))
     pixels = step.batch * step.height * step.width * cost.BYTES[step.precision]
     return Compute(
         generators=generators,
         discriminators=discriminators,
-        fakes=scale * sum(map(_forward, first)),
+        forward=scale * forward,
         fake=pixels * max(step.model.channels_A, step.model.channels_B),
         ready_G=ready_G,
         ready_D=ready_D,
@@ -302,28 +309,37 @@ def _layer_backward(run: cost.Pass, index: int) -> float:
     return run.pictures * run.layers[index].flop * gradients
 
 
-def _ready(runs: Sequence[cost.Pass], begin: float, scale: float) -> tuple[tuple[tuple[float, int], ...], float]:
-    """When each layer's gradient is final, its bytes, and when the last is: backward through one run after another."""
-    now, ready = begin, []
-    for run in runs:
+def _ready(runs: Sequence[cost.Pass], begin: float, scale: float) -> tuple[Ready, float]:
+    """When each layer's gradient is final, and when the last is: backward through the last run first."""
+    now, networks = begin, []
+    for run in reversed(runs):
+        layers = []
         for index in reversed(range(len(run.layers))):
             now += _layer_backward(run, index)
-            ready.append((scale * now, FLOAT * run.layers[index].parameters))
-    return tuple(ready), scale * now
+            layers.append((scale * now, FLOAT * run.layers[index].parameters))
+        networks.append(tuple(layers))
+    return tuple(networks), scale * now
 
 
-def buckets(ready: Sequence[tuple[float, int]], plan: Plan) -> list[tuple[float, float]]:
-    """(when it may leave, bytes that travel) of each reduction; a bucket is full at ``plan.bucket`` bytes."""
-    least = math.inf if plan.overlap == "none" else plan.bucket
+def total_bytes(ready: Ready) -> int:
+    """Of all gradients."""
+    return sum(size for network in ready for _, size in network)
+
+
+def buckets(ready: Ready, plan: Plan) -> list[tuple[float, float]]:
+    """(when it may leave, bytes that travel) of each reduction, in their order."""
     share = 0.5 if plan.half else 1.0
-    result, filled = [], 0.0
-    for when, size in ready:
-        filled += size
-        if filled >= least:
-            result.append((when, share * filled))
-            filled = 0.0
-    if filled:
-        result.append((ready[-1][0], share * filled))
+    if plan.overlap == "none":
+        return [(ready[-1][-1][0], share * total_bytes(ready))]
+    result = []
+    for network in ready:
+        filled, last = 0, 0.0
+        for when, size in network:
+            if filled and filled + size > plan.bucket:
+                result.append((last, share * filled))
+                filled = 0
+            filled, last = filled + size, when
+        result.append((last, share * filled))
     return result
 
 
@@ -351,22 +367,31 @@ def timeline(compute: Compute, network: Network, processes: int, plan: Plan) -> 
 
     gathered: list[float] = []
     gather = functools.partial(network.all_gather, processes, compute.fake)
+    pooled = 4 * processes * compute.fake  # bytes moved in memory: to channels-last, and through the pool
     for index in range(compute.accumulate):
-        if plan.shared and plan.early:
-            gathered += [send(now + compute.fakes, gather()) for _ in range(2)]
+        begin = now
+        if plan.shared and plan.gather != "late":
+            now += compute.forward
+            for _ in range(2):
+                arrival = send(now, gather())
+                if plan.gather == "forward":
+                    now = wait("fakes", arrival)
+                    now = copied(pooled)
+                gathered.append(arrival)
+            begin = now - compute.forward
         if index + 1 == compute.accumulate:
-            leaving = [(now + when, size) for when, size in buckets(compute.ready_G, plan)]
-        now += compute.generators
+            leaving = [(begin + when, size) for when, size in buckets(compute.ready_G, plan)]
+        now = begin + compute.generators
     for when, size in leaving:
         reduced_G = send(when, network.all_reduce(processes, size))
     if plan.overlap != "discriminators":
         now = wait("generators", reduced_G)
         now = copied(_moved(compute.ready_G, plan)) + compute.adam_G
     for index in range(compute.accumulate):
-        if plan.shared:
+        if plan.shared and plan.gather != "forward":
             for domain in range(2):
-                now = wait("fakes", gathered[2 * index + domain] if plan.early else send(now, gather()))
-                now = copied(4 * processes * compute.fake)  # to channels-last, and through the pool
+                now = wait("fakes", send(now, gather()) if plan.gather == "late" else gathered[2 * index + domain])
+                now = copied(pooled)
         if index + 1 == compute.accumulate:
             leaving = [(now + when, size) for when, size in buckets(compute.ready_D, plan)]
         now += compute.discriminators
@@ -384,7 +409,10 @@ def timeline(compute: Compute, network: Network, processes: int, plan: Plan) -> 
     return step
 
 
-def _moved(ready: Sequence[tuple[float, int]], plan: Plan) -> float:
-    """Bytes read and written beside a reduction: flattened, divided and copied back, or divided in place; and cast."""
-    passes = (6 if plan.overlap == "none" else 2) + 3 * plan.half
-    return passes * sum(size for _, size in ready)
+def _moved(ready: Ready, plan: Plan) -> float:
+    """Bytes read and written beside a reduction.
+
+    Flattened, divided and copied back; or packed, and divided by NCCL on the way; or cast, cast back and divided too.
+    """
+    passes = 6 if plan.overlap == "none" else 2
+    return (passes + 5 * plan.half) * total_bytes(ready)

@@ -38,7 +38,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from communication import Gloo, Plan, divided, timeline
+from communication import Gloo, Plan, divided, timeline, total_bytes
 from model import Task
 from provenance import provenance
 from tables import write_both
@@ -380,12 +380,11 @@ def write_pictures(folder: Path, size: int) -> None:
             Image.fromarray(noise).save(folder / split / f"{index}.png")
 
 
-def measured_link(link: Link, task: Task, alone: float, steps: int, folder: Path) -> dict[str, Any]:
+def measured_link(link: Link, task: Task, plan: Plan, alone: float, steps: int, folder: Path) -> dict[str, Any]:
     """One row of the table: predictions, in the order and at the times they were made, and the measurement."""
-    plan = Plan("none", log_every=_WINDOW)
     with two_hosts(link) as hosts:
         nominal = Gloo(link.rate / 8 * _PAYLOAD, link.delay + _SOFTWARE)
-        row: dict[str, Any] = {"link": str(link), **asdict(link)}
+        row: dict[str, Any] = {"link": str(link), **asdict(link), "plan": asdict(plan)}
         calibration = calibrate(hosts, folder)
         network = fitted(calibration)
         compute = divided(_step(task), alone, 0.0, calibration["copy"])
@@ -393,7 +392,7 @@ def measured_link(link: Link, task: Task, alone: float, steps: int, folder: Path
         row |= {"calibration": calibration, "fitted": asdict(network), "alone": alone, "predicted_at": time.time()}
         row |= {name: guess.total for name, guess in guesses.items()}
         row |= {"waits": guesses["predicted"].waits, "copies": guesses["predicted"].copies}
-        row["bytes"] = (sum(size for _, size in (*compute.ready_G, *compute.ready_D)) + 2 * compute.fake) / _PAYLOAD
+        row["bytes"] = (total_bytes(compute.ready_G) + total_bytes(compute.ready_D) + 2 * compute.fake) / _PAYLOAD
         say(f"{link}: predicted {1e3 * row['predicted']:.0f} ms a step ({1e3 * row['nominal']:.0f} by name)")
         windows, sent = train(hosts, folder, task, steps, together=True)
     row |= {"measured_at": time.time(), "windows": windows, "measured": statistics.median(windows), "sent": sent}
@@ -458,6 +457,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--steps", type=int, default=30, help=f"of each training, the first {_WINDOW * _WARM_UP} unheeded"
     )
+    parser.add_argument(
+        "--overlap",
+        choices=("none", "discriminators"),
+        default="discriminators",
+        help="what the model takes the trainer to do; none: one reduction after each pass, as in the first versions",
+    )
     parser.add_argument("--out", type=Path, help="JSON file to write; if it is there already, its rows stay in it")
     parser.add_argument("--markdown", type=Path, help="Markdown file to write (default: standard output)")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
@@ -465,12 +470,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.worker:
         worker(options.worker)
         return 0
-    for signum in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, _leave)
     task = Task(options.batch, options.size, 0.5, options.ngf, options.ngf, options.blocks)
+    plan = Plan(options.overlap, "late" if options.overlap == "none" else "forward", log_every=_WINDOW)
     links = [Link(rate, delay) for delay in options.delay for rate in options.rate]
     try:
-        content = _measure_all(links, task, options.steps, options.out)
+        with _leaving_in_order():
+            content = _measure_all(links, task, plan, options.steps, options.out)
     except NoLinkError as error:
         say(f"network.py: {error}")
         return 2
@@ -481,7 +486,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _measure_all(links: Sequence[Link], task: Task, steps: int, out: Path | None) -> dict[str, Any]:
+def _measure_all(links: Sequence[Link], task: Task, plan: Plan, steps: int, out: Path | None) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     if out is not None and out.exists():
         rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
@@ -494,7 +499,7 @@ def _measure_all(links: Sequence[Link], task: Task, steps: int, out: Path | None
         alone = statistics.median(windows)
         say(f"each host alone, both at the same time: {1e3 * alone:.0f} ms a step")
         for link in links:
-            row = measured_link(link, task, alone, steps, folder)
+            row = measured_link(link, task, plan, alone, steps, folder)
             rows = [old for old in rows if old["link"] != row["link"]] + [row]
     rows.sort(key=lambda row: (row["delay"], row["rate"]))
     title = "Two hosts on a slow link, predicted and measured"
@@ -504,7 +509,7 @@ def _measure_all(links: Sequence[Link], task: Task, steps: int, out: Path | None
 def _explanation(content: dict[str, Any]) -> str:
     task, rows = Task(**content["task"]), content["rows"]
     compute = divided(_step(task), 1.0, 0.0)
-    sizes = [sum(size for _, size in ready) / 1e6 for ready in (compute.ready_G, compute.ready_D)]
+    sizes = [total_bytes(ready) / 1e6 for ready in (compute.ready_G, compute.ready_D)]
     low, high = (1e3 * pick(row["alone"] for row in rows) for pick in (min, max))
     alone = f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}"
     return (
@@ -515,8 +520,19 @@ def _explanation(content: dict[str, Any]) -> str:
     )
 
 
-def _leave(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature of a signal handler
-    sys.exit(128 + signum)
+@contextlib.contextmanager
+def _leaving_in_order() -> Iterator[None]:
+    """Signals that would end the program on the spot raise SystemExit instead, so that hosts are deleted."""
+
+    def leave(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature of a signal handler
+        sys.exit(128 + signum)
+
+    previous = {signum: signal.signal(signum, leave) for signum in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import argparse
 import functools
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,14 @@ MEASURED = RESULTS / "scaling-gloo.json"
 
 PROCESSES = tuple(2**exponent for exponent in range(11))
 BATCHES = (1, 2, 4, 8, 16)
+TRAINER = Plan("discriminators", "forward")
 PLANS = {
     "one reduction": Plan(),
-    "buckets": Plan("backward"),
-    "buckets, D beside": Plan("discriminators"),
-    "and fakes early": Plan("discriminators", early=True),
-    "and bf16": Plan("discriminators", early=True, half=True),
-    "and a pool each, rare votes": Plan("discriminators", half=True, shared=False, vote_every=50),
+    "buckets": Plan("backward", "forward"),
+    "D beside": TRAINER,
+    "bf16": replace(TRAINER, half=True),
+    "fakes beside": replace(TRAINER, half=True, gather="beside"),
+    "own pools, rare votes": replace(TRAINER, half=True, shared=False, vote_every=50),
 }
 # The efficiency that is worth its GPUs, in the tables of what to choose.
 _ENOUGH = 0.9
@@ -107,8 +109,8 @@ def _overview() -> Iterator[str]:
         for processes in _SHOWN:
             cells = []
             for batch in shown:
-                speed = pairs(name, processes, batch, "buckets, D beside")
-                shares = [efficiency(name, processes, batch, plan) for plan in ("one reduction", "buckets, D beside")]
+                speed = pairs(name, processes, batch, "D beside")
+                shares = [efficiency(name, processes, batch, plan) for plan in ("one reduction", "D beside")]
                 cells.append(f"{speed:,.0f} | " + " | ".join(f"{share:.0%}" for share in shares))
             yield f"| {processes:,} | {' | '.join(cells)} |"
 
@@ -120,8 +122,8 @@ def _losses() -> Iterator[str]:
     yield "|---" * 10 + "|"
     for processes in (8, 64, 256, 1024):
         for batch in (1, 16):
-            step = predicted(name, processes, batch, "buckets, D beside")
-            alone = predicted(name, 1, batch, "buckets, D beside").total
+            step = predicted(name, processes, batch, "D beside")
+            alone = predicted(name, 1, batch, "D beside").total
             times = [alone, step.total, *step.waits.values(), step.copies]
             yield f"| {processes:,} | {batch} | " + " | ".join(f"{1e3 * seconds:.2f}" for seconds in times) + " |"
 
@@ -174,7 +176,7 @@ def plot(path: Path) -> None:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    styles = {"one reduction": ":", "buckets, D beside": "-", "and a pool each, rare votes": "--"}
+    styles = {"one reduction": ":", "D beside": "-", "own pools, rare votes": "--"}
     with mpl.rc_context({"svg.hashsalt": "scaling", "svg.fonttype": "none", "font.size": 9}):
         figure = Figure(figsize=(9.5, 6.4), layout="constrained")
         panels = figure.subplots(2, 2, sharex=True, sharey=True).flat

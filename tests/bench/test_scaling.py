@@ -21,9 +21,13 @@ from cyclegan_fast.config import ModelConfig
 from cyclegan_fast.models import build_discriminators, build_generators
 
 PLANS = [
-    Plan(overlap, early=early, shared=shared)
-    for overlap in ("none", "backward", "discriminators")
-    for early, shared in ((False, True), (True, True), (False, False))
+    *(
+        Plan(overlap, gather)
+        for overlap in ("none", "backward", "discriminators")
+        for gather in ("late", "forward", "beside")
+    ),
+    Plan("discriminators", shared=False),
+    Plan("discriminators", "beside", half=True),
 ]
 GLOO = Gloo(bandwidth=25e6, latency=5e-3, overhead=1e-3, gather=1.1)
 NETWORKS: dict[str, Network] = {"gloo": GLOO, **CLUSTERS}
@@ -48,7 +52,7 @@ class Constant:
 
 
 # Two gradients of G become final after 6 and 8 of its pass's 8 seconds, one of D after 2 of 2.
-STEP = Compute(8.0, 2.0, 1.0, 10, ((6.0, 100), (8.0, 100)), ((2.0, 50),), adam_G=0.5, adam_D=0.25)
+STEP = Compute(8.0, 2.0, 3.0, 10, (((6.0, 100), (8.0, 100)),), (((2.0, 50),),), adam_G=0.5, adam_D=0.25)
 
 
 def total(plan: Plan, link: Network, compute: Compute = STEP) -> float:
@@ -161,8 +165,10 @@ def test_timelines_by_hand() -> None:
     # Beside the discriminators: the gathers queue behind the buckets, to 13 and 14; D to 16, its bucket to 19,
     # and G's Adam meanwhile.
     assert total(replace(small, overlap="discriminators"), link) == pytest.approx(19 + 0.25)
-    # Early, they are there at 2 and 3: D from 8 to 10, the generators' reduction to 12, D's to 15.
-    assert total(replace(small, overlap="discriminators", early=True), link) == pytest.approx(15 + 0.25)
+    # Beside the backward pass they are there at 4 and 5: D from 8 to 10, the generators' reduction to 12, D's to 15.
+    assert total(replace(small, overlap="discriminators", gather="beside"), link) == pytest.approx(15 + 0.25)
+    # After the forward pass, which waits for them: all of that two seconds later.
+    assert total(replace(small, overlap="discriminators", gather="forward"), link) == pytest.approx(17 + 0.25)
     # A pool for each process: nothing to gather.
     assert total(replace(small, shared=False), link) == pytest.approx(12.5 + 2 + 3 + 0.25)
     # A bucket larger than all gradients leaves when the last is final.
@@ -182,20 +188,22 @@ def test_copies_cost_memory_traffic() -> None:
     # Flat: 6 passes over 250 bytes; four passes over twice 2 x 10 bytes of fakes.
     assert laid_out(compute, link, 2, Plan()).copies == pytest.approx((6 * 250 + 4 * 2 * 2 * 10) / 100)
     assert laid_out(compute, link, 2, Plan("backward")).copies == pytest.approx((2 * 250 + 4 * 2 * 2 * 10) / 100)
-    assert laid_out(compute, link, 2, Plan("backward", shared=False, half=True)).copies == pytest.approx(5 * 250 / 100)
+    assert laid_out(compute, link, 2, Plan("backward", shared=False, half=True)).copies == pytest.approx(7 * 250 / 100)
 
 
 def test_buckets_hold_every_gradient_once() -> None:
     compute = computed(Task(), "H200")
     for ready, end in ((compute.ready_G, compute.generators), (compute.ready_D, compute.discriminators)):
-        size = sum(part for _, part in ready)
+        size = communication.total_bytes(ready)
         assert communication.buckets(ready, Plan()) == [(pytest.approx(end), size)]
-        for least in (1.0, 5e6, 25e6):
-            parts = communication.buckets(ready, Plan("backward", bucket=least))
+        largest = max(part for one in ready for _, part in one)
+        for most in (1.0, 5e6, 25e6, 1e9):
+            parts = communication.buckets(ready, Plan("backward", bucket=most))
             assert sum(part for _, part in parts) == size
-            assert all(part >= least for _, part in parts[:-1])
+            assert all(part <= max(most, largest) for _, part in parts)
             assert [when for when, _ in parts] == sorted(when for when, _ in parts)
             assert parts[-1][0] == pytest.approx(end)
+        assert len(parts) == 2  # one for each network
         assert sum(part for _, part in communication.buckets(ready, Plan("backward", half=True))) == size / 2
 
 
@@ -204,16 +212,18 @@ def test_what_travels_is_what_the_networks_have() -> None:
     compute = computed(Task(4), "RTX 4090")
     for ready, networks in ((compute.ready_G, build_generators(model)), (compute.ready_D, build_discriminators(model))):
         parameters = sum(parameter.numel() for network in networks for parameter in network.parameters())
-        assert sum(size for _, size in ready) == 4 * parameters
+        assert communication.total_bytes(ready) == 4 * parameters
     assert compute.fake == 4 * 3 * 256 * 256 * 2
     assert compute.alone == pytest.approx(communication.predicted(Task(4), communication.WAY, "RTX 4090"))
     three = computed(Task(4), "RTX 4090", accumulate=3)
     assert three.alone == pytest.approx(3 * compute.alone - 2 * (compute.adam_G + compute.adam_D))
 
 
-def test_unknown_overlap() -> None:
+def test_unknown_plans() -> None:
     with pytest.raises(ValueError, match="overlap = 'all' is not one of"):
         Plan("all")
+    with pytest.raises(ValueError, match="gather = 'never' is not one of"):
+        Plan(gather="never")
 
 
 def test_a_fit_finds_the_link_that_made_the_times() -> None:
