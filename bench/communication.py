@@ -46,9 +46,6 @@ class Network(Protocol):
         ...
 
 
-# ---------------------------------------------------------------- collectives
-
-
 def ring_all_reduce(processes: int, size: float, bandwidth: float, latency: float) -> float:
     """Each process passes n-1 times a part of 1/n on while it is summed, and n-1 times while it is spread."""
     return 2 * (processes - 1) * (size / processes / bandwidth + latency)
@@ -189,8 +186,6 @@ CLUSTERS = {
     ),
     "RTX 3060 Laptop, 1 Gb/s Ethernet": Cluster("RTX 3060 Laptop", 1, math.inf, 0.125e9 * LINK, "PCIe", "Ethernet"),
 }
-
-# ------------------------------------------------------------------- the step
 
 
 # When gradients are final, in seconds since the pass began, and their bytes; by network, in the order of the backward

@@ -3,10 +3,9 @@
     sudo python bench/network.py --rate 200mbit --delay 5ms
     sudo python bench/network.py --rate 50mbit,200mbit,1gbit --delay 0ms,5ms,20ms --markdown FILE.md --out FILE.json
 
-Each host is a network namespace with one address. `tc tbf` limits what it sends to the rate. Without delay the two are
-joined by a veth pair, with delay by two TUN devices and bench/delay_line.py, which holds each packet back: the
-`netem` queue that would do it in the kernel is missing in many. It needs Linux, root, and `ip` and `tc` (iproute2).
-The namespaces go with the program, also when it is interrupted; after a kill -9 the next run clears them away.
+The hosts are network namespaces, made by bench/hosts.py: it needs Linux, root, and `ip` and `tc` (iproute2), and says
+so where one is missing. They go with the program, also when it is interrupted; after a kill -9 the next run clears
+them away.
 
 For each link: two processes time collectives, from which bandwidth and latency follow (least squares over sizes);
 bench/communication.py predicts the step from them and from the step that each host makes alone, at the same time but
@@ -17,245 +16,46 @@ long a step took. The last of these is never an input to the ones before it.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fcntl
 import functools
 import itertools
 import json
-import os
 import re
 import shutil
-import signal
 import statistics
-import struct
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from communication import Gloo, Plan, divided, timeline, total_bytes
+from hosts import ADDRESSES, PAYLOAD, ROOT, Host, Link, NoLinkError, leaving_in_order, on_both, sent_bytes, two_hosts
 from model import Task
 from provenance import provenance
-from tables import write_both
+from tables import write, write_both
 
 from cyclegan_fast.models import cost
 
-ROOT = Path(__file__).resolve().parents[1]
-_PREFIX = "cyclegan-net"
-_ADDRESSES = ("10.77.0.1", "10.77.0.2")
-# Jumbo frames: a fifth of the packets, which a delay line in Python can carry at 1 Gbit/s.
-_MTU = 9000
-# Of a frame's bytes on the wire, which tbf counts, and those of the segment in it: IP, TCP with time stamps, Ethernet.
-_PAYLOAD = (_MTU - 52) / (_MTU + 14)
-_SYSCTL = {
-    # Nothing is lost on this link, so nothing but the window's first growth depends on it; one that every namespace may
-    # choose. BBR, some kernels' default, empties its window every ten seconds to look at the delay.
-    "net/ipv4/tcp_congestion_control": "reno",
-    # As on hosts tuned for such links: no slow start after each pause for computing, windows as large as the link asks.
-    "net/ipv4/tcp_slow_start_after_idle": "0",
-    "net/ipv4/tcp_wmem": "4096 131072 33554432",
-    "net/ipv4/tcp_rmem": "4096 131072 33554432",
-}
 # Seconds that the hosts' software adds to a message, where nothing was timed.
 _SOFTWARE = 0.1e-3
-_TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
 # Bytes of the collectives that are timed, and how often.
 _SIZES = (8, 2**16, 2**18, 2**20, 2**22)
 _REPEATS = 5
 
 
-class NoLinkError(RuntimeError):
-    """The machine does not let us make hosts and links; the message says what is missing."""
-
-
-@dataclass(frozen=True)
-class Link:
-    """Bits/s each way, and seconds one way."""
-
-    rate: float
-    delay: float
-
-    def __str__(self) -> str:
-        rate = f"{self.rate / 1e9:g} Gbit/s" if self.rate >= 1e9 else f"{self.rate / 1e6:g} Mbit/s"
-        return f"{rate}, {1e3 * self.delay:g} ms"
-
-
-@dataclass(frozen=True)
-class Host:
-    """A network namespace and its one device."""
-
-    namespace: str
-    device: str
-    address: str
-
-    def command(self, *arguments: str | Path) -> list[str]:
-        """Run inside."""
-        return ["ip", "netns", "exec", self.namespace, *map(str, arguments)]
-
-
-@contextlib.contextmanager
-def two_hosts(link: Link) -> Iterator[tuple[Host, Host]]:
-    """Two hosts joined by the link; they are gone afterwards. Raises NoLinkError where that is not allowed."""
-    _check_rights(link)
-    _sweep()
-    hosts = tuple(
-        Host(f"{_PREFIX}-{os.getpid()}-{side}", f"cg{os.getpid()}{side}", address)
-        for side, address in zip("ab", _ADDRESSES, strict=True)
-    )
-    with contextlib.ExitStack() as stack:
-        for host in hosts:
-            stack.callback(_delete, host.namespace)
-            _ip("netns", "add", host.namespace)
-        if link.delay:
-            _join_by_delay_lines(stack, hosts, link.delay)
-        else:
-            one, other = hosts
-            _ip("link", "add", one.device, "netns", one.namespace, "type", "veth",
-                "peer", "name", other.device, "netns", other.namespace)  # fmt: skip
-        for host in hosts:
-            _configure(host, link)
-        yield hosts[0], hosts[1]
-
-
-def _configure(host: Host, link: Link) -> None:
-    settings = "; ".join(f"echo '{value}' > /proc/sys/{name}" for name, value in _SYSCTL.items())
-    _call(host.command("sh", "-ec", settings))
-    inside = ("-n", host.namespace)
-    _ip(*inside, "addr", "add", f"{host.address}/24", "dev", host.device)
-    _ip(*inside, "link", "set", host.device, "mtu", str(_MTU), "txqueuelen", "10000", "up")
-    _ip(*inside, "link", "set", "lo", "up")
-    # Four frames may pass at once after a pause; the queue is long enough that nothing is dropped.
-    queue = ("tbf", "rate", f"{link.rate:.0f}bit", "burst", f"{4 * (_MTU + 14)}", "limit", "64mb")
-    _call(["tc", *inside, "qdisc", "add", "dev", host.device, "root", *queue])
-
-
-def _join_by_delay_lines(stack: contextlib.ExitStack, hosts: Sequence[Host], delay: float) -> None:
-    """A TUN device in each host and a process for each direction between them."""
-    descriptors = []
-    for host in hosts:
-        descriptor = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
-        stack.callback(os.close, descriptor)
-        request = struct.pack("16sH22x", host.device.encode(), _IFF_TUN | _IFF_NO_PI)
-        fcntl.ioctl(descriptor, _TUNSETIFF, request)
-        _ip("link", "set", host.device, "netns", host.namespace)
-        descriptors.append(descriptor)
-    for source, sink in (descriptors, descriptors[::-1]):
-        command = [sys.executable, "-S", ROOT / "bench" / "delay_line.py", str(source), str(sink), str(delay)]
-        line = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=(source, sink))  # ends when our end closes
-        stack.callback(_end, line)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    if process.stdin is not None:
-        process.stdin.close()
-    try:
-        process.wait(timeout=2)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def _check_rights(link: Link) -> None:
-    if not sys.platform.startswith("linux"):
-        raise NoLinkError(f"network namespaces are Linux's, and this is {sys.platform}")
-    missing = [name for name in ("ip", "tc") if shutil.which(name) is None]
-    if missing:
-        raise NoLinkError(f"{' and '.join(missing)} not found: install iproute2")
-    if os.geteuid() != 0:
-        raise NoLinkError("making network namespaces needs root: run it by sudo")
-    if link.delay and not Path("/dev/net/tun").exists():
-        raise NoLinkError("/dev/net/tun is missing, which the delay needs: load the module tun, or use --delay 0ms")
-
-
-def _sweep() -> None:
-    """Delete what a program that was killed could not."""
-    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=False).stdout
-    for name, pid in re.findall(rf"^({_PREFIX}-(\d+)-[ab])\b", listed, re.MULTILINE):
-        if not Path(f"/proc/{pid}").exists():
-            _delete(name)
-
-
-def _delete(namespace: str) -> None:
-    """End what runs in a namespace and delete it, if it is there."""
-    inside = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True, check=False)
-    for pid in map(int, inside.stdout.split()):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    subprocess.run(["ip", "netns", "delete", namespace], capture_output=True, check=False)
-
-
-def _ip(*arguments: str) -> None:
-    _call(["ip", *arguments])
-
-
-def _call(command: Sequence[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise NoLinkError(f"`{' '.join(command)}` was refused: {done.stderr.strip() or done.returncode}")
-
-
-# --------------------------------------------------------------- on both hosts
-
-
-def on_both(hosts: Sequence[Host], commands: Sequence[Sequence[str | Path]], timeout: float) -> None:
-    """Run one command on each host at the same time. Raises RuntimeError with its output if one fails or is late."""
-    with contextlib.ExitStack() as stack:
-        started = []
-        for host, command in zip(hosts, commands, strict=True):
-            log = stack.enter_context(tempfile.TemporaryFile("w+"))
-            process = subprocess.Popen(
-                host.command(*command),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=ROOT,
-                env={**os.environ, "GLOO_SOCKET_IFNAME": host.device, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-                start_new_session=True,
-            )
-            stack.callback(_kill, process)
-            started.append((process, log))
-        deadline = time.monotonic() + timeout
-        while any(process.poll() is None for process, _ in started):
-            failed = any(process.poll() for process, _ in started)
-            if failed or time.monotonic() > deadline:
-                break
-            time.sleep(0.05)
-        for process, log in started:
-            if process.poll() != 0:
-                log.seek(0)
-                state = "did not end in time" if process.poll() is None else f"ended with {process.poll()}"
-                raise RuntimeError(f"`{' '.join(map(str, process.args))}` {state}:\n{log.read()[-3000:]}")
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
 def _agent(rank: int, *script: str | Path) -> list[str | Path]:
     """A torchrun agent of two, with one worker."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={rank}"]
-    return [*torchrun, "--nproc-per-node=1", f"--master-addr={_ADDRESSES[0]}", "--master-port=29577", *script]
-
-
-def _counter(host: Host) -> int:
-    """Bytes that a host has sent."""
-    lines = subprocess.run(host.command("cat", "/proc/net/dev"), capture_output=True, text=True, check=True).stdout
-    fields = next(line.partition(":")[2] for line in lines.splitlines() if line.strip().startswith(host.device + ":"))
-    return int(fields.split()[8])
+    return [*torchrun, "--nproc-per-node=1", f"--master-addr={ADDRESSES[0]}", "--master-port=29577", *script]
 
 
 def calibrate(hosts: Sequence[Host], folder: Path) -> dict[str, Any]:
     """Medians of collectives between the hosts, in seconds, by size in bytes, and the rate of copying in memory."""
     file = folder / "calibration.json"
     places = [f"RANK={rank}" for rank in range(2)]
-    common = ("WORLD_SIZE=2", f"MASTER_ADDR={_ADDRESSES[0]}", "MASTER_PORT=29577")
+    common = ("WORLD_SIZE=2", f"MASTER_ADDR={ADDRESSES[0]}", "MASTER_PORT=29577")
     script = (sys.executable, __file__, "--worker", file)
     on_both(hosts, [("env", place, *common, *script) for place in places], timeout=120)
     content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -297,9 +97,6 @@ def _median(call: Callable[[], object]) -> float:
     return statistics.median(times)
 
 
-# ------------------------------------------------------------ model and measure
-
-
 def fitted(calibration: dict[str, Any]) -> Gloo:
     """Bandwidth, latency and the rest of a `Gloo` between two hosts, from timed collectives.
 
@@ -335,9 +132,9 @@ def train(hosts: Sequence[Host], folder: Path, task: Task, steps: int, *, togeth
     for rank in range(2):
         run = [ROOT / "train.py", *_settings(folder, task, steps), f"name={name if together else f'{name}{rank}'}"]
         commands.append(_agent(rank, *run) if together else [sys.executable, *run])
-    before = _counter(hosts[1])
+    before = sent_bytes(hosts[1])
     on_both(hosts, commands, timeout=300)
-    sent = (_counter(hosts[1]) - before) / steps
+    sent = (sent_bytes(hosts[1]) - before) / steps
     runs = (
         [_windows(folder / "runs" / name)] if together else [_windows(folder / "runs" / f"{name}{r}") for r in (0, 1)]
     )
@@ -383,7 +180,7 @@ def write_pictures(folder: Path, size: int) -> None:
 def measured_link(link: Link, task: Task, plan: Plan, alone: float, steps: int, folder: Path) -> dict[str, Any]:
     """One row of the table: predictions, in the order and at the times they were made, and the measurement."""
     with two_hosts(link) as hosts:
-        nominal = Gloo(link.rate / 8 * _PAYLOAD, link.delay + _SOFTWARE)
+        nominal = Gloo(link.rate / 8 * PAYLOAD, link.delay + _SOFTWARE)
         row: dict[str, Any] = {"link": str(link), **asdict(link), "plan": asdict(plan)}
         calibration = calibrate(hosts, folder)
         network = fitted(calibration)
@@ -392,7 +189,7 @@ def measured_link(link: Link, task: Task, plan: Plan, alone: float, steps: int, 
         row |= {"calibration": calibration, "fitted": asdict(network), "alone": alone, "predicted_at": time.time()}
         row |= {name: guess.total for name, guess in guesses.items()}
         row |= {"waits": guesses["predicted"].waits, "copies": guesses["predicted"].copies}
-        row["bytes"] = (total_bytes(compute.ready_G) + total_bytes(compute.ready_D) + 2 * compute.fake) / _PAYLOAD
+        row["bytes"] = (total_bytes(compute.ready_G) + total_bytes(compute.ready_D) + 2 * compute.fake) / PAYLOAD
         say(f"{link}: predicted {1e3 * row['predicted']:.0f} ms a step ({1e3 * row['nominal']:.0f} by name)")
         windows, sent = train(hosts, folder, task, steps, together=True)
     row |= {"measured_at": time.time(), "windows": windows, "measured": statistics.median(windows), "sent": sent}
@@ -474,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan = Plan(options.overlap, "late" if options.overlap == "none" else "forward", log_every=_WINDOW)
     links = [Link(rate, delay) for delay in options.delay for rate in options.rate]
     try:
-        with _leaving_in_order():
+        with leaving_in_order():
             content = _measure_all(links, task, plan, options.steps, options.out)
     except NoLinkError as error:
         say(f"network.py: {error}")
@@ -487,10 +284,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure_all(links: Sequence[Link], task: Task, plan: Plan, steps: int, out: Path | None) -> dict[str, Any]:
-    rows: list[dict[str, Any]] = []
-    if out is not None and out.exists():
-        rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
-    facts = provenance()
+    title = "Two hosts on a slow link, predicted and measured"
+    content: dict[str, Any] = {"title": title, "provenance": provenance(), "task": asdict(task), "steps": steps}
+    content["rows"] = json.loads(out.read_text(encoding="utf-8"))["rows"] if out is not None and out.exists() else []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_pictures(folder / "data", task.size)
@@ -500,10 +296,10 @@ def _measure_all(links: Sequence[Link], task: Task, plan: Plan, steps: int, out:
         say(f"each host alone, both at the same time: {1e3 * alone:.0f} ms a step")
         for link in links:
             row = measured_link(link, task, plan, alone, steps, folder)
-            rows = [old for old in rows if old["link"] != row["link"]] + [row]
-    rows.sort(key=lambda row: (row["delay"], row["rate"]))
-    title = "Two hosts on a slow link, predicted and measured"
-    return {"title": title, "provenance": facts, "task": asdict(task), "steps": steps, "rows": rows}
+            rows = [old for old in content["rows"] if old["link"] != row["link"]] + [row]
+            content["rows"] = sorted(rows, key=lambda row: (row["delay"], row["rate"]))
+            write(out, json.dumps(content, indent=1))
+    return content
 
 
 def _explanation(content: dict[str, Any]) -> str:
@@ -518,21 +314,6 @@ def _explanation(content: dict[str, Any]) -> str:
         f"{compute.fake / 1e3:.0f} kB of fakes; {alone} ms a step for each alone. Milliseconds but for the last two "
         f"columns; ± half the range of the windows of {_WINDOW} steps."
     )
-
-
-@contextlib.contextmanager
-def _leaving_in_order() -> Iterator[None]:
-    """Signals that would end the program on the spot raise SystemExit instead, so that hosts are deleted."""
-
-    def leave(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature of a signal handler
-        sys.exit(128 + signum)
-
-    previous = {signum: signal.signal(signum, leave) for signum in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
 
 
 if __name__ == "__main__":
