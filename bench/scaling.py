@@ -4,7 +4,7 @@
     python bench/scaling.py --write      # puts them into docs/scaling.md, docs/scaling.svg and bench/results/
 
 Everything here is a prediction: the step of one GPU comes from bench/model.py, links from data sheets. What was
-measured is in bench/results/scaling-gloo.json, by bench/network.py, and is shown in the same page.
+measured stands in bench/results/scaling-gloo*.json, by bench/network.py, and is shown in the same page.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ from network import table as measured_table
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, PLOT = ROOT / "docs" / "scaling.md", ROOT / "docs" / "scaling.svg"
 RESULTS = ROOT / "bench" / "results"
-MEASURED = RESULTS / "scaling-gloo.json"
+# Results of bench/network.py, by their place in the page.
+MEASURED = {
+    "measured": RESULTS / "scaling-gloo.json",
+    "measured, one reduction": RESULTS / "scaling-gloo-one-reduction.json",
+}
 
 PROCESSES = tuple(2**exponent for exponent in range(11))
 BATCHES = (1, 2, 4, 8, 16)
@@ -87,9 +91,9 @@ def page(text: str) -> str:
 
 def blocks() -> dict[str, list[str]]:
     """What docs/scaling.md shows, by the name of its place."""
-    measured = json.loads(MEASURED.read_text(encoding="utf-8"))
+    measured = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in MEASURED.items()}
     return {
-        "measured": measured_table(measured["rows"]),
+        **{name: measured_table(content["rows"]) for name, content in measured.items()},
         "predicted": list(_overview()),
         "losses": list(_losses()),
         "choice": list(_choice()),
@@ -118,7 +122,7 @@ def _overview() -> Iterator[str]:
 def _losses() -> Iterator[str]:
     """Where the time goes on the first cluster."""
     name = next(iter(CLUSTERS))
-    yield "| GPUs | batch | step alone | on all | for G | for fakes | for D | for the vote | for readings | copies |"
+    yield "| GPUs | batch | step alone | step | of it for G | fakes | D | vote | readings | copies |"
     yield "|---" * 10 + "|"
     for processes in (8, 64, 256, 1024):
         for batch in (1, 16):
