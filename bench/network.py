@@ -177,11 +177,12 @@ def write_pictures(folder: Path, size: int) -> None:
             Image.fromarray(noise).save(folder / split / f"{index}.png")
 
 
-def measured_link(link: Link, task: Task, plan: Plan, alone: float, steps: int, folder: Path) -> dict[str, Any]:
+def measured_link(link: Link, task: Task, plan: Plan, steps: int, folder: Path) -> dict[str, Any]:
     """One row of the table: predictions, in the order and at the times they were made, and the measurement."""
     with two_hosts(link) as hosts:
         nominal = Gloo(link.rate / 8 * PAYLOAD, link.delay + _SOFTWARE)
         row: dict[str, Any] = {"link": str(link), **asdict(link), "plan": asdict(plan)}
+        alone = statistics.median(train(hosts, folder, task, steps, together=False)[0])
         calibration = calibrate(hosts, folder)
         network = fitted(calibration)
         compute = divided(_step(task), alone, 0.0, calibration["copy"])
@@ -190,7 +191,7 @@ def measured_link(link: Link, task: Task, plan: Plan, alone: float, steps: int, 
         row |= {name: guess.total for name, guess in guesses.items()}
         row |= {"waits": guesses["predicted"].waits, "copies": guesses["predicted"].copies}
         row["bytes"] = (total_bytes(compute.ready_G) + total_bytes(compute.ready_D) + 2 * compute.fake) / PAYLOAD
-        say(f"{link}: predicted {1e3 * row['predicted']:.0f} ms a step ({1e3 * row['nominal']:.0f} by name)")
+        say(f"{link}: alone {1e3 * alone:.0f}, predicted {1e3 * row['predicted']:.0f} ms a step")
         windows, sent = train(hosts, folder, task, steps, together=True)
     row |= {"measured_at": time.time(), "windows": windows, "measured": statistics.median(windows), "sent": sent}
     say(f"{link}: measured {1e3 * row['measured']:.0f} ms, {row['predicted'] / row['measured'] - 1:+.1%}")
@@ -204,16 +205,17 @@ def _step(task: Task) -> cost.Step:
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Predicted and measured, in milliseconds."""
     lines = [
-        "| link, each way | fitted: Mbit/s, ms | G | fakes | D | step by name | step predicted | step measured | off "
+        "| link, each way | fitted: Mbit/s, ms | alone | G | fakes | D | step by name | step predicted | step measured | off "
         "| kB sent: counted | measured |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         waits, fit = row["waits"], row["fitted"]
         parts = " | ".join(f"{1e3 * waits[name]:.0f}" for name in ("generators", "fakes", "discriminators"))
         spread = 1e3 * (max(row["windows"]) - min(row["windows"])) / 2
         lines.append(
-            f"| {row['link']} | {8e-6 * fit['bandwidth']:.0f}, {1e3 * fit['latency']:.2f} | {parts} | "
+            f"| {row['link']} | {8e-6 * fit['bandwidth']:.0f}, {1e3 * fit['latency']:.2f} | "
+            f"{1e3 * row['alone']:.0f} | {parts} | "
             f"{1e3 * row['nominal']:.0f} | {1e3 * row['predicted']:.0f} | {1e3 * row['measured']:.0f} ± {spread:.0f} | "
             f"{row['predicted'] / row['measured'] - 1:+.1%} | {row['bytes'] / 1e3:.0f} | {row['sent'] / 1e3:.0f} |"
         )
@@ -290,12 +292,8 @@ def _measure_all(links: Sequence[Link], task: Task, plan: Plan, steps: int, out:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_pictures(folder / "data", task.size)
-        with two_hosts(links[0]) as hosts:
-            windows, _ = train(hosts, folder, task, steps, together=False)
-        alone = statistics.median(windows)
-        say(f"each host alone, both at the same time: {1e3 * alone:.0f} ms a step")
         for link in links:
-            row = measured_link(link, task, plan, alone, steps, folder)
+            row = measured_link(link, task, plan, steps, folder)
             rows = [old for old in content["rows"] if old["link"] != row["link"]] + [row]
             content["rows"] = sorted(rows, key=lambda row: (row["delay"], row["rate"]))
             write(out, json.dumps(content, indent=1))
@@ -303,16 +301,14 @@ def _measure_all(links: Sequence[Link], task: Task, plan: Plan, steps: int, out:
 
 
 def _explanation(content: dict[str, Any]) -> str:
-    task, rows = Task(**content["task"]), content["rows"]
+    task = Task(**content["task"])
     compute = divided(_step(task), 1.0, 0.0)
     sizes = [total_bytes(ready) / 1e6 for ready in (compute.ready_G, compute.ready_D)]
-    low, high = (1e3 * pick(row["alone"] for row in rows) for pick in (min, max))
-    alone = f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}"
     return (
         f"Two processes of one thread, batch {task.batch} each, {task.size} pixels, ngf = ndf = {task.ngf}, "
         f"{task.blocks} blocks, fp32: gradients of {sizes[0]:.2f} and {sizes[1]:.2f} MB, twice "
-        f"{compute.fake / 1e3:.0f} kB of fakes; {alone} ms a step for each alone. Milliseconds but for the last two "
-        f"columns; ± half the range of the windows of {_WINDOW} steps."
+        f"{compute.fake / 1e3:.0f} kB of fakes. Milliseconds but for the last two columns; alone: what each host "
+        f"takes for a step without the other; G, fakes, D: the waits predicted; ± half the range of the windows of {_WINDOW} steps."
     )
 
 
