@@ -205,8 +205,8 @@ def _step(task: Task) -> cost.Step:
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Predicted and measured, in milliseconds."""
     lines = [
-        "| link, each way | fitted: Mbit/s, ms | alone | G | fakes | D | step by name | step predicted | step measured | off "
-        "| kB sent: counted | measured |",
+        "| link, each way | fitted: Mbit/s, ms | alone | G | fakes | D | step by name | step predicted | step measured "
+        "| off | kB sent: counted | measured |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -308,7 +308,8 @@ def _explanation(content: dict[str, Any]) -> str:
         f"Two processes of one thread, batch {task.batch} each, {task.size} pixels, ngf = ndf = {task.ngf}, "
         f"{task.blocks} blocks, fp32: gradients of {sizes[0]:.2f} and {sizes[1]:.2f} MB, twice "
         f"{compute.fake / 1e3:.0f} kB of fakes. Milliseconds but for the last two columns; alone: what each host "
-        f"takes for a step without the other; G, fakes, D: the waits predicted; ± half the range of the windows of {_WINDOW} steps."
+        f"takes for a step without the other; G, fakes, D: the waits predicted; ± half the range of the windows "
+        f"of {_WINDOW} steps."
     )
 
 
