@@ -110,7 +110,10 @@ def segments() -> Iterator[None]:
     """Fails the test that leaves shared memory behind."""
     before = shared_memory()
     yield
-    assert shared_memory() <= before
+    deadline = time.monotonic() + 5
+    while (left := shared_memory() - before) and time.monotonic() < deadline:
+        time.sleep(0.1)  # another test's process may be about to remove its own
+    assert left == set()
 
 
 def program(config: Config, fault: str, *, resume: bool = False) -> str:
@@ -844,11 +847,17 @@ def test_tensorboard_fails_in_the_middle(
 
 
 def test_tensorboard_has_what_the_checkpoint_has(zygote: Zygote, tiny: Tiny, tmp_path: Path) -> None:
-    """It writes some seconds late; what lies before a checkpoint is not recorded again after a kill."""
+    """Its thread writes when it comes to it; what lies before a checkpoint is not recorded again after a kill."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     config = tiny("run", *USUAL, "monitor.tensorboard=true")
-    killed(zygote, config, "at_step(7, die)", tmp_path)
+    fault = """
+    from tensorboard.summary.writer.record_writer import RecordWriter
+    plain = RecordWriter.write
+    RecordWriter.write = lambda self, data: (time.sleep(0.02), plain(self, data))  # a slow disk
+    at_step(7, die)
+    """
+    killed(zygote, config, fault, tmp_path)
     train(config, resume=True)
     events = EventAccumulator(str(config.run_dir / "tensorboard"))
     events.Reload()

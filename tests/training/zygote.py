@@ -51,6 +51,7 @@ class Zygote:
     """The process that forks; one child at a time."""
 
     def __init__(self) -> None:
+        self._running: Child | None = None
         self._process = subprocess.Popen(
             [sys.executable, "-c", _SERVER],
             stdin=subprocess.PIPE,
@@ -66,7 +67,8 @@ class Zygote:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps([code, str(folder), environment, str(out)]) + "\n")
         self._process.stdin.flush()
-        return Child(int(self._answer()), out, self)
+        self._running = Child(int(self._answer()), out, self)
+        return self._running
 
     def run(self, code: str, folder: Path) -> Child:
         """Run code in a child to its end."""
@@ -79,6 +81,8 @@ class Zygote:
         return self._process.stdout.readline()
 
     def close(self) -> None:
+        if self._running is not None and self._running.status is None:  # its test has failed
+            self._running.kill()
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.close()
