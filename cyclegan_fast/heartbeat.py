@@ -37,7 +37,8 @@ _T = TypeVar("_T")
 
 LOST_STATUS = 4  # exit status of a process that another one left waiting, or that hung itself
 _LISTED = 8  # processes named in one message
-_PATIENCE = 1.5  # times the time-out: a process ends itself only after those that wait for it have said so
+_LOOK = 1.5  # seconds at least between two looks at who writes: a busy machine may hold up a thread for one
+_PATIENCE = 2.0  # times the time-out: a process ends itself only after those that wait for it have said so
 
 
 class LostRankError(RuntimeError):
@@ -61,10 +62,9 @@ class Beat(NamedTuple):
 
 @dataclass(frozen=True)
 class _Activity:
-    """What the main thread is doing, since when, and whether that may take any time."""
+    """What the main thread is doing, from the making of this object on, and whether that may take any time."""
 
     what: str
-    since: float
     waits: bool = False
     unbounded: bool = False
 
@@ -83,7 +83,7 @@ class Heartbeat:
         self._store, self._rank, self._world_size = store, rank, world_size
         self._timeout, self._launcher = timeout, launcher
         self._interval = min(1.0, timeout / 10)
-        self._activity = _Activity("starting", time.monotonic(), unbounded=True)
+        self._activity = _Activity("starting", unbounded=True)
         self._ended: str | None = None
         self._number = 0
         self._turns = 0
@@ -106,7 +106,7 @@ class Heartbeat:
 
     def doing(self, what: str, *, unbounded: bool = False) -> None:
         """Say what this process does from now on; unbounded: that may take longer than the time-out."""
-        self._activity = _Activity(what, time.monotonic(), unbounded=unbounded)
+        self._activity = _Activity(what, unbounded=unbounded)
 
     @contextlib.contextmanager
     def waiting(self, operation: str) -> Iterator[None]:
@@ -116,12 +116,12 @@ class Heartbeat:
         """
         outer = self._activity
         began = time.monotonic()
-        self._activity = _Activity(f"`{operation}` of {outer.what}", began, waits=True)
+        self._activity = _Activity(f"`{operation}` of {outer.what}", waits=True)
         try:
             yield
         except RuntimeError as error:
             raise self.lost(operation, outer.what, time.monotonic() - began, error) from error
-        self._activity = _Activity(outer.what, time.monotonic(), unbounded=outer.unbounded)
+        self._activity = _Activity(outer.what, unbounded=outer.unbounded)
 
     def ended(self, reason: str) -> None:
         """Tell the others why this process leaves them."""
@@ -160,11 +160,11 @@ class Heartbeat:
     def lost(self, operation: str, during: str, seconds: float, error: RuntimeError) -> LostRankError:
         """The error that says who failed in a collective operation that ended with ``error`` after so many seconds.
 
-        It takes a few intervals to see who still writes.
+        It takes two looks, some seconds apart, to see who still writes.
         """
         try:
             before = _within(self._timeout, self._read_all)
-            time.sleep(2.5 * self._interval)
+            time.sleep(max(2.5 * self._interval, _LOOK))
             suspects = self._suspects(before, _within(self._timeout, self._read_all))
         except RuntimeError as gone:
             suspects = [
@@ -251,15 +251,17 @@ class Heartbeat:
 
     def _give_up(self, what: str, seconds: float) -> None:
         """End this process from here: its main thread cannot."""
-        print(
-            f"cyclegan-fast: rank {self._rank} has been in {what} for {seconds:.1f} s (training.timeout is "
-            f"{self._timeout:g} s) and is given up; this is where it hangs:",
-            file=sys.stderr,
-            flush=True,
-        )
-        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-        self.ended(f"it hung in {what}")
-        os._exit(LOST_STATUS)
+        try:
+            print(
+                f"cyclegan-fast: rank {self._rank} has been in {what} for {seconds:.1f} s (training.timeout is "
+                f"{self._timeout:g} s) and is given up; this is where it hangs:",
+                file=sys.stderr,
+                flush=True,
+            )
+            faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+            self.ended(f"it hung in {what}")
+        finally:
+            os._exit(LOST_STATUS)
 
 
 def _within(seconds: float, ask: Callable[[], _T]) -> _T:
