@@ -1,8 +1,9 @@
 """What many processes cost: a model of the communication of a training step. bench/scaling.py predicts by it.
 
 A step computes the generators' pass, reduces their gradients, computes the discriminators' pass on fakes that came
-through the image pool, and reduces the discriminators' gradients. What travels: all gradients in float32;
-the fakes of all processes to every process, because they share one pool; the vote on stopping, one integer, by the CPU.
+through the image pool, and reduces the discriminators' gradients. What travels: all gradients, in float32 if not
+compressed; the fakes of all processes to every process, because they share one pool; the vote on stopping, one integer,
+by the CPU.
 
 `timeline` lays a step out in time: one processor that computes, one channel that takes one collective after another.
 A `Plan` says which of them may run side by side. How long a collective takes is a `Network`'s business: `Gloo`, two or
@@ -62,8 +63,7 @@ class Gloo:
 
     Gloo cuts a buffer into segments of 1 MiB at most, at least two for each process, and keeps two under way. Data
     leave when the receiver has said that it is ready, which takes a latency of its own. ``overhead`` is the seconds
-    that a collective takes beside its messages, and ``gather`` how much longer an all_gather takes than its bytes:
-    there the word of being ready waits behind the bytes of the other direction.
+    that a collective takes beside its messages, and ``gather`` how much longer an all_gather takes than its bytes.
     """
 
     bandwidth: float
@@ -107,7 +107,7 @@ class Gloo:
 
 
 # NCCL's latencies in microseconds, by protocol (LL, LL128, Simple): of a collective, and of a hop. Those of plain
-# Ethernet are not NCCL's: 30 us is what a hop by TCP takes, thread wake-ups included.
+# Ethernet are not NCCL's: we take 30 us for a hop by TCP, thread wake-ups included.
 _PROTOCOLS = ("LL", "LL128", "Simple")
 _BASE = {"ring": (3.6, 10.0, 8.4), "tree": (4.4, 4.4, 0.0)}
 _HOP = {

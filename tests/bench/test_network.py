@@ -102,7 +102,7 @@ def test_a_link_is_as_slow_as_asked(link: Link) -> None:
     least = 8 * 2**20 / link.rate
     # Never faster, but for what may pass at once; slower on a busy machine.
     assert 2 * link.delay <= there_and_back < 2 * link.delay + 0.05
-    assert least * 0.9 < bulk < 2.5 * (least + 2 * link.delay)
+    assert least * 0.9 < bulk < least + 2 * link.delay + 1
 
 
 @pytest.fixture
@@ -145,13 +145,12 @@ def test_a_signal_leaves_nothing(running: subprocess.Popen[str], signum: int) ->
 
 def test_what_a_kill_leaves_the_next_run_clears(running: subprocess.Popen[str]) -> None:
     hosts.sweep()
-    names = own(running)
-    assert len(names) == 2  # those of a living program stay
-    inside = subprocess.run(["ip", "netns", "pids", names[0]], capture_output=True, text=True, check=True).stdout
+    (first, _) = sorted(own(running))  # those of a living program stay
+    inside = subprocess.run(["ip", "netns", "pids", first], capture_output=True, text=True, check=True).stdout
     running.kill()
     running.wait()
-    hosts.sweep()
-    assert own(running) == []
+    with two_hosts(Link(1e9, 0.0)):
+        assert own(running) == []
     (sleeper,) = inside.split()
     deadline = time.monotonic() + 10
     while Path(f"/proc/{sleeper}/stat").exists() and time.monotonic() < deadline:
