@@ -110,7 +110,7 @@ def install() -> None:
     take_step, save = Trainer._take_step, torch.save
     step = 0
 
-    def recorded_step(self: Trainer, batch: Any, lr: float, *, measure: bool) -> Any:
+    def recorded_step(self: Trainer, batch: Any, lr: float) -> Any:
         nonlocal step
         step = self.step
         print(json.dumps([step, distributed.rank(), batch.index_A.tolist(), batch.index_B.tolist()]), file=samples)
@@ -118,7 +118,7 @@ def install() -> None:
         if step % EVERY == 0:
             print(json.dumps([step, distributed.rank(), *resources()]), file=looks, flush=True)
         faults.at_step(step)
-        return take_step(self, batch, lr, measure=measure)
+        return take_step(self, batch, lr)
 
     def interrupted_save(*args: Any, **kwargs: Any) -> None:
         save(*args, **kwargs)

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import write_pictures
 from test_trainer import assert_same_state, losses
+from tiny_runs import write_pictures
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, write_pictures
 from test_trainer import assert_same_state, losses, quiet_compiler
+from tiny_runs import TINY, write_pictures
 
 from cyclegan_fast.config import Config, load_config, to_yaml
 from cyclegan_fast.training import checkpoint as ckpt
