@@ -80,7 +80,7 @@ def test_overhead(bench: Path, tmp_path: Path) -> None:
 
 
 def test_ddp(bench: Path, tmp_path: Path) -> None:
-    content, markdown, said = run(bench / "ddp.py", tmp_path, "--size", "16")
+    content, markdown, said = run(bench / "ddp.py", tmp_path, "--size", "32")
     assert content["task"]["processes"] == 2
     assert content["backend"] in ("gloo", "nccl")
     names = {row["name"] for row in content["rows"] if len(row["seconds"]) == 2 and row["ms"] > 0}
