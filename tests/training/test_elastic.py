@@ -107,9 +107,9 @@ def soaked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Then torchrun itself is killed.
     """
     folder = tmp_path_factory.mktemp("soak")
-    size = ("--steps=100", "--faults=3", "--seed=2", "--limit=100", f"--folder={folder}", f"--out={folder / 'result'}")
+    size = ("--steps=100", "--faults=3", "--seed=2", "--limit=250", f"--folder={folder}", f"--out={folder / 'result'}")
     command = [sys.executable, str(ROOT / "bench" / "soak.py"), *size]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stdout + result.stderr
     return folder
 
