@@ -117,6 +117,8 @@ def _shared(pool: ImagePool) -> Exchange:
     """One pool for all processes: each sees every fake and makes the same draws, so the law is that of one process."""
 
     def exchange(images: Tensor, accept: Tensor, slot: Tensor) -> Tensor:
+        if pool.size == 0:  # nobody sees another's fakes
+            return pool.exchange(images, accept[: images.shape[0]], slot[: images.shape[0]])
         first, count = distributed.rank() * images.shape[0], images.shape[0]
         return pool.exchange(distributed.gather_batch(images), accept, slot)[first : first + count]
 

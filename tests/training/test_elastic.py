@@ -160,7 +160,7 @@ def test_processes_that_hang_are_named(tiny: Tiny, folder: Path) -> None:
     place = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     ranks = [start([sys.executable], config, folder, RANK=rank, LOCAL_RANK=rank, **place) for rank in "012"]
     waiting = finish(ranks[0], heartbeat.LOST_STATUS)
-    assert "in `all-reduce of the gradients` of step 5 (training.timeout is 3 s): " in waiting
+    assert "in `gathering of the fakes` of step 5 (training.timeout is 3 s): " in waiting
     assert f"rank 1 (process {ranks[1].pid} on {socket.gethostname()}) is alive but did not come: it is busy" in waiting
     assert f"rank 2 (process {ranks[2].pid} on {socket.gethostname()}) gives no sign of life" in waiting
     looping = finish(ranks[1], heartbeat.LOST_STATUS)

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from cyclegan_fast import distributed
+from cyclegan_fast.training import build
 from cyclegan_fast.training.image_pool import ImagePool, pool_draws
 
 
@@ -265,3 +267,16 @@ def test_draws_are_the_same_for_ever() -> None:
     accept, slot = pool_draws(0, np.array([0, 1, 123456]), 50, 0)
     assert accept.round(12).tolist() == [0.200787416325, 0.704874222887, 0.048242963914]
     assert slot.tolist() == [41, 44, 30]
+
+
+def test_without_a_pool_nothing_is_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several processes each keeps its own pictures: none has to travel."""
+
+    def gather(_: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("pictures were gathered")
+
+    monkeypatch.setattr(distributed, "gather_batch", gather)
+    images, draws = torch.rand(2, 3, 4, 4), torch.zeros(4)  # the draws of two processes
+    assert torch.equal(build._shared(ImagePool(0))(images, draws, draws.long()), images)
+    with pytest.raises(AssertionError, match="gathered"):
+        build._shared(ImagePool(1))(images, draws, draws.long())
