@@ -216,12 +216,12 @@ def sent_bytes(host: Host) -> int:
 
 @contextlib.contextmanager
 def leaving_in_order() -> Iterator[None]:
-    """Signals that would end the program on the spot raise SystemExit instead, so that hosts are deleted."""
+    """Signals that would end the program on the spot, or that it was started deaf to, raise SystemExit instead."""
 
     def leave(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature of a signal handler
         sys.exit(128 + signum)
 
-    previous = {signum: signal.signal(signum, leave) for signum in (signal.SIGTERM, signal.SIGHUP)}
+    previous = {signum: signal.signal(signum, leave) for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
     try:
         yield
     finally:

@@ -600,6 +600,7 @@ def _prepare_run(config: Config, resume: bool) -> tuple[Path, dict[str, Any]] | 
                 f"{run_dir} holds a run already: continue it with --resume, or choose another `name` or `out`"
             )
         with _writing(config):
+            run_dir.mkdir(parents=True, exist_ok=True)
             elastic.sign(run_dir)
         if found is not None:
             ckpt.set_aside(run_dir, found[0])

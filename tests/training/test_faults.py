@@ -64,11 +64,9 @@ def assert_same(one: dict[str, Any], two: dict[str, Any]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_curves() -> Iterator[None]:
+def _no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """The figure at the end takes half the time of so short a run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "curves_figure", lambda *_: None)
-        yield
+    monkeypatch.setattr(trainer, "curves_figure", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
