@@ -5,9 +5,6 @@
 store uint8 [M, H, W, C], result float32 [N, C, h, w] in channels_last order, C from 1 to 4. One kernel reads each byte
 of the windows once and writes each float once: 5 bytes a value. Each value is rounded once, so every implementation
 gives the same bits. There is no gradient: pictures and positions are integers.
-
-An eager call costs 49 us of processor time on one EPYC core, of which 9 are the native op's own (one window of 4 x 4,
-PyTorch 2.13), and the reference alone 133 us.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
