@@ -161,7 +161,7 @@ def our_step(
     if mode == "graph":
         return _graph_step(task, state)
     batches = _step_batches(task)
-    return lambda: train_step(state, next(batches))
+    return lambda: train_step(state, next(batches), measure=True)  # as the trainer does
 
 
 def _earlier_state(task: Task, precision: str, mode: str) -> TrainState:
