@@ -199,7 +199,8 @@ def _train_config(arguments: argparse.Namespace) -> tuple[Config, bool]:
 
 
 def _translate(arguments: argparse.Namespace) -> int:
-    from cyclegan_fast.inference.translate import load, translate_files
+    from cyclegan_fast.inference.files import translate_files
+    from cyclegan_fast.inference.translate import load
 
     translator = load(
         arguments.checkpoint, which=arguments.which, device=arguments.device, precision=arguments.precision

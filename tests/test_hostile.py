@@ -28,7 +28,8 @@ from cyclegan_fast.data.folder import DataError, list_images, report, scan_datas
 from cyclegan_fast.data.photo import MAX_PIXELS, PhotoError, open_photo, read_header, save_photo
 from cyclegan_fast.data.store import Preprocess, open_store
 from cyclegan_fast.errors import InputError, shown
-from cyclegan_fast.inference.translate import Translator, load, translate_files
+from cyclegan_fast.inference.files import translate_files
+from cyclegan_fast.inference.translate import Translator, load
 from cyclegan_fast.models import build_generators
 from cyclegan_fast.training import checkpoint as ckpt
 from cyclegan_fast.training.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
