@@ -227,6 +227,8 @@ def contestants(task: Task) -> list[Contestant]:
         chosen += [_engine(task, "ONNX Runtime", onnxruntime_forward, "fp32")]
         chosen += [_engine(task, "OpenVINO", openvino_forward, other)]
     chosen += [peer("fp32", channels_last=True), peer("bf16", role="b", channels_last=True), ours(other)]
+    if small:
+        chosen += [peer(other, role="c", compiled=True), peer(other, role="c", channels_last=True, compiled=True)]
     # bf16 that no instruction multiplies takes seconds a picture: last of all.
     return sorted(chosen, key=lambda one: one.precision == "bf16" and auto != "bf16")
 
