@@ -43,7 +43,7 @@ logger = logging.getLogger("cyclegan_fast.checkpoint")
 FORMAT = 1
 _COMMENT = b"cyclegan_fast sha256 "
 _COMMENT_BYTES = len(_COMMENT) + 64
-_REQUIRED = ("format", "config", "G_A", "G_B", "position")
+_REQUIRED = ("format", "config", "position")
 _STEP_FILE = re.compile(r"step-(\d{8,})\.ckpt")
 
 
@@ -92,6 +92,8 @@ def read_checkpoint(path: str | Path, *, map_location: str | torch.device = "cpu
     except (OSError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile, struct.error) as error:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from error
     missing = [key for key in _REQUIRED if not isinstance(content, dict) or key not in content]
+    if not missing and "G_A" not in content and "G_B" not in content:  # a model of one direction has one of them
+        missing = ["G_A"]
     if missing:
         raise CheckpointError(f"{path} is not a cyclegan_fast checkpoint: it lacks {', '.join(missing)}")
     if type(content["format"]) is not int or content["format"] != FORMAT:
