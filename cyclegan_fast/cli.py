@@ -359,11 +359,10 @@ def _data_scan(arguments: argparse.Namespace) -> int:
 
 
 def _weights_import(arguments: argparse.Namespace) -> int:
-    from cyclegan_fast.inference.weights import import_weights, report
+    from cyclegan_fast.inference.weights import describe, import_weights
 
-    file, _ = import_weights(arguments.source, arguments.out, arguments.which)
-    print(report(arguments.source, arguments.which))
-    print(file)
+    file, weights = import_weights(arguments.source, arguments.out, arguments.which)
+    print(f"{describe(weights)}\n{file}")
     return 0
 
 

@@ -37,6 +37,7 @@ __all__ = [
     "Weights",
     "WeightsError",
     "absent_generator",
+    "describe",
     "export_weights",
     "import_weights",
     "initialise",
@@ -193,22 +194,31 @@ def export_weights(
 
 def report(source: str | Path, which: str = "latest") -> str:
     """What a model's files hold, as was inferred, and the settings of a run with such networks, in lines."""
-    lines = []
     if is_weights(source):
-        weights = read_weights(source, which)
-        for name, one in weights.networks.items():
-            lines += [f"{name}: {_summary(one)}; {weights.formats[name]}", *(f"     {note}" for note in one.notes)]
-        model = weights.model
-    else:
-        file, content = _checkpoint(source, which)
-        model = _saved_model(file, content)
-        for name in NETWORKS:
-            if name in content:
-                count = sum(value.numel() for value in content[name].values())
-                lines.append(f"{name}: {count:,} parameters, {len(content[name])} tensors; {file.name}")
+        return describe(read_weights(source, which))
+    file, content = _checkpoint(source, which)
+    found = [(name, content[name]) for name in NETWORKS if name in content]
+    lines = [f"{name}: {_count(weights)}; {file.name}" for name, weights in found]
+    return "\n".join([*lines, _settings_line(_saved_model(file, content))])
+
+
+def describe(weights: Weights) -> str:
+    """What was read, in lines, and the settings of a run with such networks."""
+    lines = []
+    for name, one in weights.networks.items():
+        lines.append(f"{name}: {one.architecture.words}; {_count(one.weights)}; {weights.formats[name]}")
+        lines += [f"     {note}" for note in one.notes]
+    return "\n".join([*lines, _settings_line(weights.model)])
+
+
+def _settings_line(model: ModelConfig) -> str:
     usual, given = to_dict(Config())["model"], to_dict(Config(model=model))["model"]
-    changed = [f"model.{key}={value}" for key, value in given.items() if value != usual[key]]
-    return "\n".join([*lines, "settings: " + (" ".join(changed).replace("True", "true") or "the defaults")])
+    changed = [f"model.{key}={str(value).lower()}" for key, value in given.items() if value != usual[key]]
+    return "settings: " + (" ".join(changed) or "the defaults")
+
+
+def _count(weights: Mapping[str, Tensor]) -> str:
+    return f"{sum(value.numel() for value in weights.values()):,} parameters in {len(weights)} tensors"
 
 
 def initialise(modules: Mapping[str, nn.Module], source: str) -> list[str]:
@@ -370,8 +380,3 @@ def _write(file: Path, state: dict[str, Tensor]) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-
-
-def _summary(one: Recognised) -> str:
-    count = sum(value.numel() for value in one.weights.values())
-    return f"{one.architecture.words}; {count:,} parameters in {len(one.weights)} tensors"
