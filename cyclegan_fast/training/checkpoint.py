@@ -215,8 +215,8 @@ def prune(run: str | Path, keep: int) -> None:
 
 
 def remove_unfinished(run: str | Path) -> None:
-    """Remove what an interrupted write may have left. No other process may be writing there."""
-    _remove(checkpoint_dir(run).glob(".*.ckpt.*.tmp"))
+    """Remove what an interrupted `replacing` may have left. No other process may be writing there."""
+    _remove([*checkpoint_dir(run).glob(".*.ckpt.*.tmp"), *Path(run).glob(".*.tmp")])
 
 
 def _remove(paths: Iterable[Path]) -> None:
