@@ -207,8 +207,9 @@ def _train(arguments: argparse.Namespace) -> int:
         return 0
 
     from cyclegan_fast.heartbeat import LOST_STATUS, LostRankError
+    from cyclegan_fast.training.health import NonFiniteLossError
     from cyclegan_fast.training.replicas import ReplicaError
-    from cyclegan_fast.training.trainer import Interrupted, NonFiniteLossError, train
+    from cyclegan_fast.training.trainer import Interrupted, train
 
     try:
         run_dir = train(config, resume=resume)

@@ -14,8 +14,8 @@ from cyclegan_fast.options_file import read_options
 
 NEWER = {
     "batch_size": "1", "beta1": "0.5", "checkpoints_dir": "./checkpoints", "continue_train": "False",
-    "crop_size": "256", "dataroot": "./datasets/maps", "dataset_mode": "unaligned", "direction": "AtoB", "display_env": "main",
-    "display_freq": "400", "display_id": "1", "display_ncols": "4", "display_port": "8097",
+    "crop_size": "256", "dataroot": "./datasets/maps", "dataset_mode": "unaligned", "direction": "AtoB",
+    "display_env": "main", "display_freq": "400", "display_id": "1", "display_ncols": "4", "display_port": "8097",
     "display_server": "http://localhost", "display_winsize": "256", "epoch": "latest", "epoch_count": "1",
     "gan_mode": "lsgan", "gpu_ids": "0", "init_gain": "0.02", "init_type": "normal", "input_nc": "3", "isTrain": "True",
     "lambda_A": "10.0", "lambda_B": "10.0", "lambda_identity": "0.5", "load_iter": "0", "load_size": "286",
@@ -29,7 +29,8 @@ NEWER = {
 }  # fmt: skip
 OLDER = {
     "align_data": "False", "batchSize": "1", "beta1": "0.5", "checkpoints_dir": "./checkpoints",
-    "continue_train": "False", "dataroot": "./datasets/maps", "display_freq": "100", "display_id": "1", "display_port": "8097",
+    "continue_train": "False", "dataroot": "./datasets/maps", "display_freq": "100",
+    "display_id": "1", "display_port": "8097",
     "display_single_pane_ncols": "0", "display_winsize": "256", "epoch_count": "1", "fineSize": "256", "gpu_ids": "[0]",
     "identity": "0.5", "input_nc": "3", "isTrain": "True", "lambda_A": "10.0", "lambda_B": "10.0", "loadSize": "286",
     "lr": "0.0002", "lr_decay_iters": "50", "lr_policy": "lambda", "max_dataset_size": "inf", "model": "cycle_gan",

@@ -37,6 +37,7 @@ from torch import Tensor
 
 from cyclegan_fast.errors import InputError
 from cyclegan_fast.tensor_file import Archive, Refused, check_directory, physical_memory
+from cyclegan_fast.training.atomic import replacing
 
 logger = logging.getLogger("cyclegan_fast.checkpoint")
 
@@ -57,18 +58,13 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
     Raises CheckpointError naming the file when it cannot be written (full disk, no permission); what stood under
     that name before is then still there.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"format": FORMAT, **content}, temporary)
-        _append_checksum(temporary)
-        temporary.replace(path)
-        _sync_folder(path.parent)
+        with replacing(path) as temporary:
+            torch.save({"format": FORMAT, **content}, temporary)
+            _append_checksum(temporary)
     except (OSError, RuntimeError, Refused) as error:  # torch reports a failed write as RuntimeError
         raise CheckpointError(f"cannot write the checkpoint {path}: {error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: str | Path, *, map_location: str | torch.device = "cpu") -> dict[str, Any]:
@@ -91,9 +87,9 @@ def read_checkpoint(path: str | Path, *, map_location: str | torch.device = "cpu
         raise CheckpointError(f"{path} cannot be read: there is not enough memory for it") from error
     except (OSError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile, struct.error) as error:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from error
-    missing = [key for key in _REQUIRED if not isinstance(content, dict) or key not in content]
-    if not missing and "G_A" not in content and "G_B" not in content:  # a model of one direction has one of them
-        missing = ["G_A"]
+    missing = [
+        key for key in (*_REQUIRED, *_generators(content)) if not isinstance(content, dict) or key not in content
+    ]
     if missing:
         raise CheckpointError(f"{path} is not a cyclegan_fast checkpoint: it lacks {', '.join(missing)}")
     if type(content["format"]) is not int or content["format"] != FORMAT:
@@ -102,7 +98,7 @@ def read_checkpoint(path: str | Path, *, map_location: str | torch.device = "cpu
     for key, (is_right, right) in _PARTS.items():
         if key in content and not is_right(content[key]):
             raise CheckpointError(f"{path}: its {key} is not {right}, but {_kind(content[key])}")
-    for key, networks in _OPTIMIZED.items():
+    for key, networks in _TRAINED_BY.items():
         if key in content and not _fits(content[key], [content.get(name) for name in networks]):
             raise CheckpointError(f"{path}: its {key} has moments of other shapes than the weights of its networks")
     result: dict[str, Any] = content
@@ -179,22 +175,15 @@ def milestone_path(run: str | Path, epoch: int) -> Path:
 
 def keep_also_as(path: Path, alias: Path) -> None:
     """Give a checkpoint a second name that survives ``prune``: a hard link where there are such, else a copy."""
-    temporary = alias.with_name(f".{alias.name}.{os.getpid()}.tmp")
     try:
-        temporary.unlink(missing_ok=True)
-        try:
-            os.link(path, temporary)
-        except OSError:
-            shutil.copyfile(path, temporary)
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-        temporary.replace(alias)
-        _sync_folder(alias.parent)
+        with replacing(alias) as temporary:
+            temporary.unlink(missing_ok=True)
+            try:
+                os.link(path, temporary)
+            except OSError:
+                shutil.copyfile(path, temporary)
     except OSError as error:
         raise CheckpointError(f"cannot keep {path.name} as {alias}: {error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def prune(run: str | Path, keep: int) -> None:
@@ -204,8 +193,8 @@ def prune(run: str | Path, keep: int) -> None:
 
 
 def remove_unfinished(run: str | Path) -> None:
-    """Remove what an interrupted write may have left. No other process may be writing there."""
-    _remove(checkpoint_dir(run).glob(".*.ckpt.*.tmp"))
+    """Remove what an interrupted `replacing` may have left. No other process may be writing there."""
+    _remove([*checkpoint_dir(run).glob(".*.ckpt.*.tmp"), *Path(run).glob(".*.tmp")])
 
 
 def _remove(paths: Iterable[Path]) -> None:
@@ -229,7 +218,7 @@ def set_aside(run: str | Path, latest: Path) -> None:
 
 
 def _append_checksum(path: Path) -> None:
-    """Store the SHA-256 of the file in its zip comment (the last field of the format) and sync it to the disk."""
+    """Store the SHA-256 of the file in its zip comment (the last field of the format)."""
     with path.open("rb+") as file:
         file.seek(-2, os.SEEK_END)
         if file.read(2) != b"\0\0":
@@ -242,8 +231,6 @@ def _append_checksum(path: Path) -> None:
         check_directory(file, file.seek(0, os.SEEK_END))  # or nobody would read it
         file.seek(0, os.SEEK_END)
         file.write(_COMMENT + digest.hexdigest().encode())
-        file.flush()
-        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
@@ -355,12 +342,14 @@ def _is_settings(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(key, str) for key in value)
 
 
+# The networks of all methods by their optimiser, in its order.
+_TRAINED_BY = {"optimizer_G": ("G_A", "G_B", "E_A", "E_B"), "optimizer_D": ("D_A", "D_B", "D_Z_A", "D_Z_B")}
 _WEIGHTS = (_is_weights, "a dictionary of floating-point tensors by name")
 _OPTIMIZER = (_is_optimizer, "the state of an optimiser")
 # What each part of a checkpoint must be, and that in words.
 _PARTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "config": (_is_settings, "a dictionary of settings by name"),
-    **dict.fromkeys(("G_A", "G_B", "D_A", "D_B"), _WEIGHTS),
+    **dict.fromkeys((*_TRAINED_BY["optimizer_G"], *_TRAINED_BY["optimizer_D"]), _WEIGHTS),
     **dict.fromkeys(("optimizer_G", "optimizer_D"), _OPTIMIZER),
     "scaler": (_is_settings, "the state of a loss scaler"),
     "pools": (_is_pools, "two image pools, A and B, with size, count and pictures [N, C, H, W]"),
@@ -371,7 +360,15 @@ _PARTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data": (_is_digest, "count_A, count_B and names of the pictures, and as many hashes of their files"),
     "provenance": (_is_settings, "a dictionary of words by name"),
 }
-_OPTIMIZED = {"optimizer_G": ("G_A", "G_B"), "optimizer_D": ("D_A", "D_B")}
+
+
+def _generators(content: Any) -> tuple[str, ...]:
+    """The generators that a checkpoint of its method of training must have."""
+    config = content.get("config") if isinstance(content, dict) else None
+    model = config.get("model") if isinstance(config, dict) else None
+    if isinstance(model, dict) and model.get("method") == "pix2pix":
+        return ("G_B",) if model.get("direction") == "BtoA" else ("G_A",)
+    return "G_A", "G_B"
 
 
 def _fits(optimizer: dict[str, Any], networks: list[Mapping[str, Tensor] | None]) -> bool:
@@ -398,13 +395,3 @@ def _blocks(file: Any, length: int | None, size: int = 1 << 20) -> Iterator[byte
         yield block
         if length is not None:
             length -= len(block)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable; not every platform can open a folder."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
