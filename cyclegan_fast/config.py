@@ -153,6 +153,12 @@ class ModelConfig:
     )
     ngf: int = _option(64, "filters of a generator's first convolution, count", low=1, high=4096)
     ndf: int = _option(64, "filters of a discriminator's first convolution, count", low=1, high=4096)
+    upsample: str = _option(
+        "transposed",
+        "how a generator doubles the sides: `transposed` convolutions, as the de-facto networks, or nearest-neighbour "
+        "`resize` and a convolution, which draws no checkerboards (docs/options.md)",
+        choices=("transposed", "resize"),
+    )
     dropout: bool = _option(False, "dropout 0.5 inside the residual blocks")
     discriminator: str = _option(
         "patch", "`patch`: PatchGAN, 70x70 with 3 layers; `pixel`: 1x1 convolutions only", choices=("patch", "pixel")

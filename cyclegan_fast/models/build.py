@@ -27,6 +27,7 @@ def build_generators(
             model.ngf,
             model.blocks,
             preset=model.preset,
+            upsample=model.upsample,
             dropout=model.dropout,
             init_gain=model.init_gain,
             impl=impl,
