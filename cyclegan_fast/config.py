@@ -183,6 +183,12 @@ class ModelConfig:
     )
     ngf: int = _option(64, "filters of a generator's first convolution, count", low=1, high=4096)
     ndf: int = _option(64, "filters of a discriminator's first convolution, count", low=1, high=4096)
+    upsample: str = _option(
+        "transposed",
+        "how a generator doubles the sides: `transposed` convolutions, as the de-facto networks, or nearest-neighbour "
+        "`resize` and a convolution, which draws no checkerboards (docs/options.md)",
+        choices=("transposed", "resize"),
+    )
     dropout: bool = _option(
         False, "dropout 0.5 inside the residual blocks, or behind the upward steps of a U-Net that are 8 ngf wide"
     )
@@ -695,11 +701,18 @@ def _check_generator(config: Config) -> None:
     model = config.model
     if model.generator == "resnet":
         return
-    if model.preset != "original":
-        raise ConfigError(f"model.preset = {model.preset!r} has no {model.generator}: use model.preset=original")
-    if config.training.recompute:
+    for name, value, only in (
+        ("model.preset", model.preset, "original"),
+        ("model.upsample", model.upsample, "transposed"),
+        ("training.recompute", config.training.recompute, False),
+    ):
+        if value != only:
+            raise ConfigError(
+                f"{name} = {value!r} is not possible with model.generator={model.generator}: leave it out"
+            )
+    if model.method == "augmented":
         raise ConfigError(
-            f"training.recompute = True needs residual blocks, which model.generator = {model.generator!r} has none of"
+            f"model.generator = {model.generator!r} is not possible with model.method=augmented: use resnet"
         )
 
 

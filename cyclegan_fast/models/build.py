@@ -94,6 +94,7 @@ def _generator(model: ModelConfig, in_channels: int, out_channels: int, *, impl:
         model.blocks,
         preset=model.preset,
         affine=model.affine,
+        upsample=model.upsample,
         dropout=model.dropout,
         init_gain=model.init_gain,
         impl=impl,

@@ -90,7 +90,7 @@ class Layer:
     vectors: int
     """Parameters beside them: bias and affine norm."""
     padding: str = ""
-    """``reflect``, or ``zero`` where the zeros are not the same on both sides."""
+    """``reflect``, ``resize`` (to twice the sides, then reflected), or ``zero`` where zeros are not on all sides."""
     bias: bool = False
     norm: bool = True
     activation: bool = True
@@ -272,8 +272,8 @@ def generator_layers(model: ModelConfig, in_channels: int, out_channels: int, h:
     for index in range(model.blocks):
         make.conv(f"block{index}.conv1", 4 * ngf, 3, padding="reflect", block=True)
         make.conv(f"block{index}.conv2", 4 * ngf, 3, padding="reflect", block=True, activation=False, residual=True)
-    make.double("up1", 2 * ngf)
-    make.double("up2", ngf)
+    for name, channels in (("up1", 2 * ngf), ("up2", ngf)):
+        make.double(name, channels, resize=model.upsample == "resize")
     make.conv("head", out_channels, 7, padding="reflect", norm=False)
     return tuple(make.layers)
 
@@ -339,13 +339,28 @@ class _LayerMaker:
         self._add(name, channels, size, padded, filters, filters * size[0] * size[1], padding, norm, activation,
                   residual, block, bias)  # fmt: skip
 
-    def double(self, name: str, channels: int, kernel: int = 3, *, joined: bool = False, norm: bool = True) -> None:
-        """A transposed convolution that doubles both sides; ``joined``: of as many channels again from elsewhere."""
+    def double(
+        self,
+        name: str,
+        channels: int,
+        kernel: int = 3,
+        *,
+        resize: bool = False,
+        joined: bool = False,
+        norm: bool = True,
+    ) -> None:
+        """A convolution that doubles both sides, transposed or after a resize.
+
+        ``joined``: of as many channels again from elsewhere.
+        """
         past = self._channels * self._h * self._w if joined else 0
         self._channels *= 1 + joined
-        filters = self._channels * channels * kernel**2
-        size, macs = (2 * self._h, 2 * self._w), filters * self._h * self._w
-        self._add(name, channels, size, (self._h, self._w), filters, macs, "", norm, True, False, False, True, past)
+        filters, positions = self._channels * channels * kernel**2, self._h * self._w
+        size, padded, padding = (2 * self._h, 2 * self._w), (self._h, self._w), ""
+        if resize:
+            positions, padded, padding = 4 * positions, (size[0] + 2, size[1] + 2), "resize"
+        macs = filters * positions
+        self._add(name, channels, size, padded, filters, macs, padding, norm, True, False, False, True, past)
 
     def _add(
         self, name: str, channels: int, size: tuple[int, int], padded: tuple[int, int], filters: int, macs: int,
@@ -467,9 +482,9 @@ def _backward_eager(before: Layer | None, layer: Layer, after: Layer | None, lev
 
 
 def _forward_fused(before: Layer | None, layer: Layer, after: Layer | None, level: str) -> _Counts:
-    y, zeros = layer.output, layer.padding == "zero" and level != "iii"
+    y, copied = layer.output, layer.padding in ("zero", "resize") and level != "iii"
     x = layer.source if level == "iii" or before is None else layer.input
-    if zeros:
+    if copied:
         yield "pad", 0, layer.source + layer.input
     # At level iii whoever reads the residual stream adds to it: reads it and the block's norm input, writes it.
     stream = 2 * layer.source if level == "iii" and before is not None and before.residual else 0
@@ -504,7 +519,7 @@ def _backward_fused(before: Layer | None, layer: Layer, after: Layer | None, lev
     sums = layer.source if level == "ii+" and before is not None and before.norm and not before.residual else 0
     yield "dgrad", layer.flop, x + y + sums
     yield "wgrad", layer.flop, x + y
-    if layer.padding == "zero":
+    if layer.padding in ("zero", "resize"):
         yield "pad", 0, layer.source + layer.input
 
 

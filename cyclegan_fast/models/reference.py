@@ -147,6 +147,26 @@ class SameConvTranspose2d(nn.ConvTranspose2d):
         return super().forward(x, output_size)[:, :, :-1, :-1]
 
 
+class ResizeConv2d(nn.Conv2d):
+    """Nearest-neighbour resize to twice both sides, then a 3x3 convolution over the reflected border.
+
+    A transposed 3x3 convolution of stride 2 reaches some results by one weight and their neighbours by four, and so
+    draws checkerboards; here every result is reached by nine (Odena et al. 2016, "Deconvolution and Checkerboard
+    Artifacts"). x: [N, C, H, W], H, W >= 1 -> [N, K, 2H, 2W]; weight: [K, C, 3, 3].
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, bias: bool) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=3, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(ReflectionPad2d(1)(self.resize(x)))
+
+    @staticmethod
+    def resize(x: Tensor) -> Tensor:
+        """Each position as 2 x 2."""
+        return F.interpolate(x, scale_factor=2, mode="nearest")
+
+
 class ResnetBlock(nn.Module):
     """x + norm(conv(pad(drop(relu(norm(conv(pad(x)))))))), without an activation after the sum. [N, C, H, W]."""
 
@@ -181,8 +201,10 @@ class ResnetGenerator(nn.Module):
     other size goes through `model` as it is. State-dict keys are those of the de-facto implementation.
 
     preset: ``original`` or ``keras``; affine: norms with a scale and a shift for each channel, and no biases before
-    them, in preset ``original`` too; init_gain: standard deviation of the normal initialisation, drawn from torch's
-    default generator. Raises ValueError for an impossible argument and for an input of another shape.
+    them, in preset ``original`` too; upsample: ``transposed`` or ``resize`` (`ResizeConv2d`, whose weights have the
+    keys of the transposed convolutions and the shape of a convolution); init_gain: standard deviation of the normal
+    initialisation, drawn from torch's default generator. Raises ValueError for an impossible argument and for an input
+    of another shape.
     """
 
     def __init__(
@@ -194,6 +216,7 @@ class ResnetGenerator(nn.Module):
         *,
         preset: str = "original",
         affine: bool = False,
+        upsample: str = "transposed",
         dropout: bool = False,
         init_gain: float = 0.02,
     ) -> None:
@@ -212,7 +235,7 @@ class ResnetGenerator(nn.Module):
             layers += [down, _norm(2 * width, style), nn.ReLU(inplace=True)]
         layers += [ResnetBlock(4 * ngf, style, dropout=dropout) for _ in range(blocks)]
         for width in (2 * ngf, ngf):
-            layers += [_double(2 * width, width, style), _norm(width, style), nn.ReLU(inplace=True)]
+            layers += [_double(2 * width, width, style, upsample), _norm(width, style), nn.ReLU(inplace=True)]
         last = nn.Conv2d(ngf, out_channels, 7)
         layers += [ReflectionPad2d(3), last, nn.Tanh()]
         self.model = nn.Sequential(*layers)
@@ -342,8 +365,12 @@ def _conv(in_channels: int, out_channels: int, kernel: int, stride: int, style: 
     return nn.Conv2d(in_channels, out_channels, kernel, stride, padding=1, bias=bias)
 
 
-def _double(in_channels: int, out_channels: int, style: _Style) -> nn.ConvTranspose2d:
-    """The transposed convolution that doubles both sides."""
+def _double(in_channels: int, out_channels: int, style: _Style, upsample: str) -> nn.ConvTranspose2d | ResizeConv2d:
+    """The convolution that doubles both sides, transposed or after a resize."""
+    if upsample == "resize":
+        return ResizeConv2d(in_channels, out_channels, bias=style.hidden_bias)
+    if upsample != "transposed":
+        raise ValueError(f"upsample = {upsample!r} is not known: one of transposed, resize")
     if style.same_padding:
         return SameConvTranspose2d(in_channels, out_channels, bias=style.hidden_bias)
     return nn.ConvTranspose2d(
