@@ -166,8 +166,9 @@ def _train(arguments: argparse.Namespace) -> int:
         print(to_yaml(config), flush=True)
 
     from cyclegan_fast.heartbeat import LOST_STATUS, LostRankError
+    from cyclegan_fast.training.health import NonFiniteLossError
     from cyclegan_fast.training.replicas import ReplicaError
-    from cyclegan_fast.training.trainer import Interrupted, NonFiniteLossError, train
+    from cyclegan_fast.training.trainer import Interrupted, train
 
     try:
         run_dir = train(config, resume=resume)

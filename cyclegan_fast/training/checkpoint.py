@@ -40,6 +40,7 @@ import torch
 from torch import Tensor
 
 from cyclegan_fast.errors import InputError
+from cyclegan_fast.training.atomic import replacing
 
 logger = logging.getLogger("cyclegan_fast.checkpoint")
 
@@ -81,18 +82,13 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
     Raises CheckpointError naming the file when it cannot be written (full disk, no permission); what stood under
     that name before is then still there.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"format": FORMAT, **content}, temporary)
-        _append_checksum(temporary)
-        temporary.replace(path)
-        _sync_folder(path.parent)
+        with replacing(path) as temporary:
+            torch.save({"format": FORMAT, **content}, temporary)
+            _append_checksum(temporary)
     except (OSError, RuntimeError, _Refused) as error:  # torch reports a failed write as RuntimeError
         raise CheckpointError(f"cannot write the checkpoint {path}: {error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: str | Path, *, map_location: str | torch.device = "cpu") -> dict[str, Any]:
@@ -201,22 +197,15 @@ def milestone_path(run: str | Path, epoch: int) -> Path:
 
 def keep_also_as(path: Path, alias: Path) -> None:
     """Give a checkpoint a second name that survives ``prune``: a hard link where there are such, else a copy."""
-    temporary = alias.with_name(f".{alias.name}.{os.getpid()}.tmp")
     try:
-        temporary.unlink(missing_ok=True)
-        try:
-            os.link(path, temporary)
-        except OSError:
-            shutil.copyfile(path, temporary)
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-        temporary.replace(alias)
-        _sync_folder(alias.parent)
+        with replacing(alias) as temporary:
+            temporary.unlink(missing_ok=True)
+            try:
+                os.link(path, temporary)
+            except OSError:
+                shutil.copyfile(path, temporary)
     except OSError as error:
         raise CheckpointError(f"cannot keep {path.name} as {alias}: {error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def prune(run: str | Path, keep: int) -> None:
@@ -226,8 +215,8 @@ def prune(run: str | Path, keep: int) -> None:
 
 
 def remove_unfinished(run: str | Path) -> None:
-    """Remove what an interrupted write may have left. No other process may be writing there."""
-    _remove(checkpoint_dir(run).glob(".*.ckpt.*.tmp"))
+    """Remove what an interrupted `replacing` may have left. No other process may be writing there."""
+    _remove([*checkpoint_dir(run).glob(".*.ckpt.*.tmp"), *Path(run).glob(".*.tmp")])
 
 
 def _remove(paths: Iterable[Path]) -> None:
@@ -251,7 +240,7 @@ def set_aside(run: str | Path, latest: Path) -> None:
 
 
 def _append_checksum(path: Path) -> None:
-    """Store the SHA-256 of the file in its zip comment (the last field of the format) and sync it to the disk."""
+    """Store the SHA-256 of the file in its zip comment (the last field of the format)."""
     with path.open("rb+") as file:
         file.seek(-2, os.SEEK_END)
         if file.read(2) != b"\0\0":
@@ -264,8 +253,6 @@ def _append_checksum(path: Path) -> None:
         _check_directory(file, file.seek(0, os.SEEK_END))  # or nobody would read it
         file.seek(0, os.SEEK_END)
         file.write(_COMMENT + digest.hexdigest().encode())
-        file.flush()
-        os.fsync(file.fileno())
 
 
 class _Refused(Exception):  # noqa: N818 - becomes a CheckpointError
@@ -682,13 +669,3 @@ def _blocks(file: Any, length: int | None, size: int = 1 << 20) -> Iterator[byte
         yield block
         if length is not None:
             length -= len(block)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable; not every platform can open a folder."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cyclegan_fast.config import Config, ConfigError
+from cyclegan_fast.training.atomic import replacing
 
 __all__ = ["begun_by_this_launch", "partitioned", "shares", "sign"]
 
@@ -32,10 +33,8 @@ def launch() -> str | None:
 
 def sign(run_dir: Path) -> None:
     """Note that this launch works on the run. Raises OSError."""
-    file = run_dir / _LAUNCH
-    temporary = file.with_name(f".{_LAUNCH}.{os.getpid()}.tmp")
-    temporary.write_text(launch() or "", encoding="utf-8")
-    temporary.replace(file)
+    with replacing(run_dir / _LAUNCH) as temporary:
+        temporary.write_text(launch() or "", encoding="utf-8")
 
 
 def begun_by_this_launch(run_dir: Path) -> bool:
@@ -70,10 +69,7 @@ def partitioned(config: Config, world_size: int, checkpoint: Mapping[str, Any] |
         return config
     share, rest = divmod(wanted, world_size)
     if rest:
-        fitting = ", ".join(str(count) for count in _divisors(wanted))
-        raise ConfigError(
-            f"{source} = {wanted} cannot be shared equally by {world_size} processes: start {fitting} of them"
-        )
+        raise ConfigError(f"{source} = {wanted}: {shares(wanted, world_size)}")
     batch = max(count for count in _divisors(share) if count <= training.batch)
     changed = dataclasses.replace(training, batch=batch, accumulate=share // batch)
     return dataclasses.replace(config, training=changed)

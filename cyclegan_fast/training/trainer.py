@@ -7,16 +7,14 @@ through or stops and resumes, and whatever the number of processes that share a 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import math
-import os
 import platform
 import signal
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +29,7 @@ from cyclegan_fast.evaluation.figures import curves_figure
 from cyclegan_fast.models import cost
 from cyclegan_fast.roofline import measured
 from cyclegan_fast.training import checkpoint as ckpt
-from cyclegan_fast.training import elastic
+from cyclegan_fast.training import elastic, experiment, run_folder
 from cyclegan_fast.training.build import build_networks, build_state, executed, resolved_impl
 from cyclegan_fast.training.graph import (
     WARMUP,
@@ -43,13 +41,14 @@ from cyclegan_fast.training.graph import (
     draw_fields,
     step_batch,
 )
+from cyclegan_fast.training.health import Health, is_norm
 from cyclegan_fast.training.image_pool import ImagePool, pool_draws
-from cyclegan_fast.training.lock import run_lock
 from cyclegan_fast.training.monitor import SCALARS, History, Monitor
 from cyclegan_fast.training.process import catch_signals, process_settings, stopped_by_signals
 from cyclegan_fast.training.replicas import Replicas
 from cyclegan_fast.training.samples import Samples
 from cyclegan_fast.training.schedule import lr_factor, lr_scale
+from cyclegan_fast.training.state import RunState
 from cyclegan_fast.training.step import train_step
 from cyclegan_fast.version import __version__
 
@@ -57,32 +56,6 @@ logger = logging.getLogger("cyclegan_fast.train")
 
 # Streams of random numbers beside those of the pools, which take 0 (domain A) and 1 (domain B).
 _ALPHA_A, _ALPHA_B = 2, 3
-# A resumed run may differ from its checkpoint in these; anything else would make it another experiment.
-_FREE: tuple[str, ...] = (
-    "name",
-    "out",
-    "data.root",
-    "data.cache",
-    "data.resident",
-    "data.workers",
-    "checkpoint.",
-    "distributed.",
-    "monitor.",
-    *(f"training.{name}" for name in ("epochs", "steps", "batch", "accumulate", "precision", "channels_last")),
-    *(f"training.{name}" for name in ("global_batch", "timeout")),
-    *(f"training.{name}" for name in ("mode", "impl", "recompute", "streams", "deterministic", "device", "threads")),
-    "training.compile",  # of checkpoints before there was training.mode
-)
-_LEAST_SCALE = 2.0**-10  # fp16: below it every gradient overflows, and no scale will help
-_LISTED = 5  # names in one message
-
-
-class RunExistsError(InputError):
-    """The run folder holds a run already."""
-
-
-class NonFiniteLossError(RuntimeError):
-    """A loss, a gradient or a weight is no longer a number; the message names these, the step and its pictures."""
 
 
 class Interrupted(Exception):  # noqa: N818 - it is not an error
@@ -113,7 +86,7 @@ def train(config: Config, *, resume: bool = False) -> Path:
         with (
             stopped_by_signals(lambda signum: Interrupted(signum, None)),
             process_settings(config, device),
-            _locked(config),
+            run_folder.locked(config),
         ):
             trainer = Trainer(config, device, resume=resume)
             trainer.fit()
@@ -132,10 +105,9 @@ class Trainer:
         self._given, self.device = config, device
         self.run_dir = config.run_dir
         self.precision = resolve_precision(config.training.precision, device)
-        found = _prepare_run(config, resume)
+        found = run_folder.prepare(config, resume)
         config = elastic.partitioned(config, distributed.world_size(), found[1] if found else None)
         self.config = config
-        self._replicas = Replicas(self._replicated, every=config.distributed.check_every)
         self.data: TrainingData = open_training_data(
             config,
             rank=distributed.rank(),
@@ -143,25 +115,27 @@ class Trainer:
             device=device,
             progress=distributed.is_main() and config.monitor.progress,
         )
-        self._digest = _digest(self.data)
+        self._digest = experiment.digest(self.data.loader)
         self.impl = resolved_impl(config, self.precision, device)
         self.modules = build_networks(config, self.impl, device)
-        self.pools = {name: ImagePool(config.training.pool_size) for name in ("A", "B")}
+        pools = {name: ImagePool(config.training.pool_size) for name in ("A", "B")}
         run = executed(config, self.modules, one_shape=self.data.loader.windows is not None)
-        self.state = build_state(config, self.modules, run, self.pools, self.precision, device)
+        self.state = build_state(config, self.modules, run, pools, self.precision, device)
+        self.run_state = RunState(self.modules, pools, self.state)
+        self._replicas = Replicas(self.run_state.replicated, every=config.distributed.check_every)
         self.samples = Samples(
             self.data.samples_A, self.data.samples_B, self.modules, self.state.objective, self.state.autocast
         )
         self.history = History()
+        self._health = Health(self.run_dir, self.run_state, self.history, self.data.loader, self._content)
         self.step = 0
         self.best, self.best_step = math.inf, 0
         self._monitor: Monitor | None = None
-        self._healthy_step = -1
         self._lr = config.training.lr
         if found is not None:
             self._load(*found)
         if distributed.is_main():
-            _write_config(config)
+            run_folder.write_config(config)
         distributed.broadcast_parameters(self.modules.values())
         self._replicas.check(self.step)
         self._draws = Packed(draw_fields(*self._counts), device)
@@ -268,7 +242,7 @@ class Trainer:
         factor = lr_factor(epoch, training.epochs, training.epochs_decay)
         self._lr = training.lr * lr_scale(training.lr_scaling, self.pairs_per_step) * factor
         if self._graph is None:
-            for optimizer in (self.state.optimizer_G, self.state.optimizer_D):
+            for optimizer in self.run_state.optimizers.values():
                 for group in optimizer.param_groups:
                     group["lr"] = self._lr
         return self._lr
@@ -292,83 +266,13 @@ class Trainer:
         at the first step with a loss or a gradient that is no number.
         """
         self.history.share(distributed.average)
-        names, values = self.history.peek()
-        bad = self._first_bad(names, values)
-        if distributed.any_rank(bad is not None):  # all ranks stop together
-            self._report_non_finite(*(bad or (self.step, [])), together=True)
-        scaler = self.state.scaler
-        if scaler.is_enabled() and scaler.get_scale() < _LEAST_SCALE:
-            what = f"every gradient at every loss scale down to {scaler.get_scale():.2g}"
-            self._report_non_finite(self.step, [what], together=True)
+        self._health.check_scalars(self.step)
         names, values, extra = self.history.take()
         means = dict(zip(names, values.mean(dim=0).tolist(), strict=True))
         last = dict(zip(names, values[-1].tolist(), strict=True)) | {
             name: float(value) for name, value in extra.items()
         }
-        return means | {name: value for name, value in last.items() if _is_norm(name)}
-
-    def _first_bad(self, names: list[str], values: Tensor) -> tuple[int, list[str]] | None:
-        """The first step of these with scalars that are no numbers, and their names; waits for the device.
-
-        A loss scaler lets gradients overflow and leaves such steps out.
-        """
-        checked = [i for i, name in enumerate(names) if not (_is_norm(name) and self.state.scaler.is_enabled())]
-        finite = values[:, checked].isfinite()
-        if bool(finite.all()):
-            return None
-        row = int((~finite).any(dim=1).nonzero()[0])
-        bad = [names[i] for i, good in zip(checked, finite[row].tolist(), strict=True) if not good]
-        return self.step - len(values) + row + 1, bad
-
-    def _check_health(self) -> None:
-        """Raise NonFiniteLossError if a checkpoint of this moment would hold anything that is no number."""
-        if self._healthy_step == self.step:
-            return
-        if (bad := self._first_bad(*self.history.peek())) is not None:
-            self._report_non_finite(*bad, together=False)
-        # A finite sum of squares has finite terms, and on a CPU it is ten times as fast as looking at each.
-        norm = torch.nn.utils.get_total_norm([tensor for _, tensor in self._trained()])
-        if not math.isfinite(float(norm)) and self._broken():
-            self._report_non_finite(self.step, [], together=False)
-        self._healthy_step = self.step
-
-    def _broken(self) -> list[str]:
-        """Names of the weights and moments that are not all numbers."""
-        return [name for name, tensor in self._trained() if not bool(tensor.isfinite().all())]
-
-    def _trained(self) -> Iterator[tuple[str, Tensor]]:
-        """All weights and moments by name."""
-        for name, module in self.modules.items():
-            yield from ((f"{name}.{key}", value) for key, value in module.state_dict().items())
-        weights = {id(p): f"{name}.{key}" for name, m in self.modules.items() for key, p in m.named_parameters()}
-        for optimizer in (self.state.optimizer_G, self.state.optimizer_D):
-            for parameter, moments in optimizer.state.items():
-                yield from (
-                    (f"{key} of {weights[id(parameter)]}", value) for key, value in moments.items() if key != "step"
-                )
-
-    def _report_non_finite(self, step: int, names: list[str], *, together: bool) -> NoReturn:
-        """Keep the state to look at and raise NonFiniteLossError; ``step`` counts from 1, ``names`` of its scalars."""
-        batch = self.data.loader.batch(step - 1)
-        names_A, names_B = self.data.loader.names_of(batch.index_A, batch.index_B)
-        broken = self._broken()
-        kept = ""
-        if distributed.is_main():
-            path = ckpt.checkpoint_dir(self.run_dir) / f"nonfinite-{self.step:08d}.ckpt"
-            try:
-                ckpt.write_checkpoint(path, self._content())
-                kept = f" The state after step {self.step} is in {path}."
-            except ckpt.CheckpointError as error:  # what is wrong with the training says more than a full disk
-                kept = f" The state could not be kept: {error}."
-        if together:
-            distributed.any_rank(True)  # no rank leaves before the file is whole: torchrun ends them all with the first
-        what = ", ".join(names) or (_listed(broken) if broken else "a loss of another rank")
-        where = f" No numbers after step {self.step}: {_listed(broken)}." if names and broken else ""
-        raise NonFiniteLossError(
-            f"{what} became infinite or NaN in step {step} (epoch {batch.epoch}); the pictures of that step: "
-            f"A {', '.join(names_A)}; B {', '.join(names_B)}.{where}{kept} The checkpoints before it are untouched. A "
-            "lower training.lr, or precision fp32, often helps"
-        )
+        return means | {name: value for name, value in last.items() if is_norm(name)}
 
     def _due(self, every_epochs: float) -> bool:
         """Whether the step just done completes another ``every_epochs`` epochs."""
@@ -400,7 +304,7 @@ class Trainer:
         """Measure the fixed test samples, and remember it if this is the best state so far."""
         if not distributed.is_main() or self.config.checkpoint.best == "none":
             return
-        self._check_health()
+        self._health.check_state(self.step)
         measures = self.samples.measure()
         monitor.measured(self.step, measures)
         value = measures[f"test_{self.config.checkpoint.best}"]
@@ -414,7 +318,7 @@ class Trainer:
         self.history.share(distributed.average)
         if not distributed.is_main():
             return
-        self._check_health()
+        self._health.check_state(self.step)
         if self._monitor is not None:
             self._monitor.flush()
         path = ckpt.step_path(self.run_dir, self.step)
@@ -436,11 +340,7 @@ class Trainer:
         loader = self.data.loader
         return {
             "config": to_dict(self._given),
-            **{name: module.state_dict() for name, module in self.modules.items()},
-            "optimizer_G": _portable(self.state.optimizer_G, self._lr),
-            "optimizer_D": _portable(self.state.optimizer_D, self._lr),
-            "scaler": self.state.scaler.state_dict(),
-            "pools": {name: pool.state_dict() for name, pool in self.pools.items()},
+            **self.run_state.state_dict(self._lr),
             "position": {
                 "step": self.step,
                 "epoch": self.step / loader.steps_per_epoch,
@@ -462,48 +362,23 @@ class Trainer:
             },
         }
 
-    def _replicated(self) -> dict[str, list[Tensor]]:
-        """What all processes must hold alike, by name."""
-        parts = {name: list(module.state_dict().values()) for name, module in self.modules.items()}
-        for name, optimizer in (("optimizer_G", self.state.optimizer_G), ("optimizer_D", self.state.optimizer_D)):
-            parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-            states = (optimizer.state.get(parameter, {}) for parameter in parameters)
-            parts[name] = [value for state in states for key, value in state.items() if key.startswith("exp_avg")]
-        for name, pool in self.pools.items():
-            images = pool.state_dict()["images"]
-            parts[f"pool_{name}"] = images if isinstance(images, list) else [] if images is None else [images]
-        return parts
-
     def _load(self, path: Path, content: dict[str, Any]) -> None:
         """Take over a checkpoint's state. Raises CheckpointError or ConfigError saying what does not fit."""
-        _check_same_experiment(self.config, content["config"], path)
+        experiment.check_same_settings(self.config, content["config"], path)
         missing = [name for name in ("position", "data", "history", "best") if name not in content]
         if missing:
             raise ckpt.CheckpointError(
                 f"{path} holds no {', '.join(missing)}: it can translate, but a run cannot be continued from it"
             )
+        experiment.check_same_pictures(content["data"], self._digest, self.data.loader, path)
         position = content["position"]
-        if difference := _difference(content["data"], self._digest, self.data):
-            raise ckpt.CheckpointError(
-                f"the pictures are not those that {path} was trained on ({difference}): restore them, or start a new "
-                "run"
-            )
         if position["pairs_per_step"] != self.pairs_per_step:
             raise ConfigError(
                 f"{path} took {position['pairs_per_step']} pairs a step; training.batch x training.accumulate x "
                 f"processes is now {self.pairs_per_step}: choose them so that the product stays the same "
                 f"({elastic.shares(position['pairs_per_step'], distributed.world_size())})"
             )
-        try:
-            for name, module in self.modules.items():
-                module.load_state_dict(content[name])
-            self.state.optimizer_G.load_state_dict(content["optimizer_G"])
-            self.state.optimizer_D.load_state_dict(content["optimizer_D"])
-            self.state.scaler.load_state_dict(content["scaler"])
-            for name, pool in self.pools.items():
-                pool.load_state_dict(content["pools"][name])
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise ckpt.CheckpointError(f"{path} does not fit this configuration: {error}") from error
+        self.run_state.load_state_dict(content, path)
         self.history.load_state_dict(content["history"], self.device)
         self.step, self.best, self.best_step = position["step"], content["best"], content.get("best_step", 0)
         if distributed.is_main():
@@ -564,129 +439,8 @@ class Trainer:
         return cost.training_step(step) + cost.weights(step) + cost.optimiser(step)
 
 
-@contextlib.contextmanager
-def _locked(config: Config) -> Iterator[None]:
-    """The run folder, for this run alone: the first process holds its lock. Raises RunLockedError, ConfigError."""
-    with contextlib.ExitStack() as stack:
-        with distributed.main_first():
-            if distributed.is_main():
-                with _writing(config):
-                    stack.enter_context(run_lock(config.run_dir))
-        yield
-
-
-@contextlib.contextmanager
-def _writing(config: Config) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        what = f"cannot write the folder {config.run_dir}: {error.strerror}"
-        raise ConfigError(f"out = {config.out!r}: {what}") from error
-
-
-def _prepare_run(config: Config, resume: bool) -> tuple[Path, dict[str, Any]] | None:
-    """Find what to resume from, and clear away what a killed run left. Raises RunExistsError, CheckpointError."""
-    run_dir = config.run_dir
-    if not resume and distributed.any_rank(distributed.is_main() and elastic.begun_by_this_launch(run_dir)):
-        logger.info("a restarted worker: continuing the run that this launch began")
-        resume = True
-    with distributed.main_first():
-        found = ckpt.read_latest(run_dir) if resume else None
-        if not distributed.is_main():
-            return found
-        ckpt.remove_unfinished(run_dir)
-        if not resume and ckpt.checkpoint_dir(run_dir).is_dir() and any(ckpt.checkpoint_dir(run_dir).iterdir()):
-            raise RunExistsError(
-                f"{run_dir} holds a run already: continue it with --resume, or choose another `name` or `out`"
-            )
-        with _writing(config):
-            run_dir.mkdir(parents=True, exist_ok=True)
-            elastic.sign(run_dir)
-        if found is not None:
-            ckpt.set_aside(run_dir, found[0])
-    return found
-
-
-def _write_config(config: Config) -> None:
-    """Keep the settings with the run, whole or not at all: `--resume RUN` reads them. Raises ConfigError."""
-    path, text = config.run_dir / "config.yaml", to_yaml(config)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with _writing(config):
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
 def _recorder(device: torch.device) -> Recorder | None:
     return CudaRecorder(device) if device.type == "cuda" else None
-
-
-def _portable(optimizer: torch.optim.Optimizer, lr: float) -> dict[str, Any]:
-    """The optimiser's state as mode eager has it, whatever the mode: a graph keeps its learning rate in a tensor."""
-    state = optimizer.state_dict()
-    groups = [{**group, "lr": lr, "capturable": False} for group in state["param_groups"]]
-    return {**state, "param_groups": groups}
-
-
-def _check_same_experiment(config: Config, saved: dict[str, Any], path: Path) -> None:
-    now, then = _flat(to_dict(config)), _flat(to_dict(Config())) | _flat(saved)  # newer settings had their defaults
-    changed = [
-        f"{name} was {then.get(name)!r} and is now {now.get(name)!r}"
-        for name in sorted(now.keys() | then.keys())
-        if now.get(name) != then.get(name) and not name.startswith(_FREE)
-    ]
-    if changed:
-        raise ConfigError(f"cannot resume {path} with another configuration: {'; '.join(changed)}")
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
-
-
-def _digest(data: TrainingData) -> dict[str, Any]:
-    """What tells whether the pictures are the same: their number, their names in order, and 64 bits of each file."""
-    names_A, names_B = data.loader.names
-    text = "\0".join([*names_A, "", *names_B])
-    return {
-        "count_A": len(names_A),
-        "count_B": len(names_B),
-        "names": hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest(),
-        "files": torch.from_numpy(np.concatenate(data.loader.digests)),
-    }
-
-
-def _difference(then: dict[str, Any], now: dict[str, Any], data: TrainingData) -> str | None:
-    """How the pictures differ from those of a checkpoint, in words; None if they do not.
-
-    Checkpoints of the first version know the names alone.
-    """
-    if any(then[key] != now[key] for key in ("count_A", "count_B", "names")):
-        return f"{_digest_words(then)} then, {_digest_words(now)} now"
-    changed = (then.get("files", now["files"]) != now["files"]).nonzero().flatten().tolist()
-    names = [f"train{domain}/{name}" for domain, part in zip("AB", data.loader.names, strict=True) for name in part]
-    return f"other content: {_listed([names[i] for i in changed])}" if changed else None
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
-
-
-def _is_norm(name: str) -> bool:
-    """Whether a scalar is the norm of a gradient."""
-    return name.startswith("grad_")
-
-
-def _digest_words(digest: dict[str, Any]) -> str:
-    return f"{digest['count_A']} of A and {digest['count_B']} of B, list {digest['names'][:8]}"
 
 
 def _device_name(device: torch.device) -> str:

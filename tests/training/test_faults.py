@@ -36,9 +36,10 @@ from cyclegan_fast.evaluation.figures import curves_figure
 from cyclegan_fast.progress import Bar
 from cyclegan_fast.training import checkpoint as ckpt
 from cyclegan_fast.training import lock, trainer
+from cyclegan_fast.training.health import NonFiniteLossError
 from cyclegan_fast.training.lock import RunLockedError
 from cyclegan_fast.training.monitor import History
-from cyclegan_fast.training.trainer import NonFiniteLossError, train
+from cyclegan_fast.training.trainer import train
 
 Tiny = Callable[..., Config]
 # 6 steps an epoch: checkpoints after the steps 3, 6 and 8, readings after every second.

@@ -21,7 +21,9 @@ from cyclegan_fast.config import Config, ConfigError, to_yaml
 from cyclegan_fast.data.folder import DataError
 from cyclegan_fast.training import checkpoint as ckpt
 from cyclegan_fast.training import trainer
-from cyclegan_fast.training.trainer import Interrupted, NonFiniteLossError, RunExistsError, train
+from cyclegan_fast.training.health import NonFiniteLossError
+from cyclegan_fast.training.run_folder import RunExistsError
+from cyclegan_fast.training.trainer import Interrupted, train
 
 Tiny = Callable[..., Config]
 ROOT = Path(__file__).parents[2]
