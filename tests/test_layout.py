@@ -18,6 +18,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Modules of the package that each part may import; a prefix stands for all below it. What is not listed may be
 # imported by entry points only.
 ALLOWED = {
+    "atomic": set(),
     "errors": set(),
     "tensor_file": set(),
     "options_file": {"config", "errors"},
@@ -28,13 +29,12 @@ ALLOWED = {
     "device": {"errors", "machine"},
     "distributed": {"heartbeat"},
     "heartbeat": set(),
-    "data": {"config", "errors", "distributed", "data", "machine", "ops", "progress"},
+    "data": {"atomic", "config", "errors", "distributed", "data", "machine", "ops", "progress"},
     "ops": {"ops", "version"},
     "models.reference": set(),
     "models": {"config", "models"},
     "models.fused": {"models", "ops"},
-    "training.atomic": set(),
-    "training.elastic": {"config", "training.atomic"},
+    "training.elastic": {"atomic", "config"},
     "training.losses": set(),
     "training.schedule": set(),
     "training.image_pool": {"ops.image_pool"},
@@ -43,9 +43,9 @@ ALLOWED = {
     "training.cyclegan": {"training.losses", "training.step"},
     "training.pix2pix": {"training.losses", "training.step"},
     "training.augmented": {"training.losses", "training.pix2pix", "training.step"},
-    "training.checkpoint": {"errors", "tensor_file", "training.atomic"},
+    "training.checkpoint": {"atomic", "errors", "tensor_file"},
     "training.lock": {"errors"},
-    "training.monitor": {"models.cost", "progress", "roofline"},
+    "training.monitor": {"atomic", "models.cost", "progress", "roofline"},
     "training.samples": {
         *("evaluation.figures", "training.latents", "training.step"),
         *("training.augmented", "training.cyclegan", "training.pix2pix"),
@@ -54,8 +54,8 @@ ALLOWED = {
     "training.reduction": {"distributed"},
     "training.replicas": {"distributed"},
     "training.run_folder": {
-        *("config", "distributed", "errors"),
-        *(f"training.{name}" for name in ("atomic", "checkpoint", "elastic", "lock")),
+        *("atomic", "config", "distributed", "errors"),
+        *(f"training.{name}" for name in ("checkpoint", "elastic", "lock")),
     },
     "training.experiment": {"config", "data.loader", "training.checkpoint"},
     "training.state": {"training.checkpoint", "training.image_pool", "training.step"},
@@ -63,9 +63,11 @@ ALLOWED = {
         *("data.loader", "distributed"),
         *(f"training.{name}" for name in ("checkpoint", "experiment", "monitor", "state")),
     },
-    "inference": {"config", "data", "device", "errors", "inference", "models", "tensor_file", "training.checkpoint"},
-    "evaluation": {"data.photo", "errors", "evaluation", "inference.translate", "training.checkpoint"},
-    "roofline": {"data.store", "machine"},
+    "inference": {
+        *("atomic", "config", "data", "device", "errors", "inference", "models", "tensor_file", "training.checkpoint"),
+    },
+    "evaluation": {"atomic", "data.photo", "errors", "evaluation", "inference.translate", "training.checkpoint"},
+    "roofline": {"atomic", "data.store", "machine"},
     "doctor": {"data.store", "device", "machine", "ops", "roofline", "version"},
     "training.build": {
         *("config", "device", "distributed", "models", "ops.instance_norm"),
@@ -75,6 +77,7 @@ ALLOWED = {
     "training.graph": {"ops.crop_flip", "training.step"},
     "training.trainer": {
         *("config", "data.loader", "device", "distributed", "errors", "evaluation.figures", "models", "version"),
+        "inference.weights",  # a run that starts from weights of others
         *(f"training.{name}" for name in ("build", "checkpoint", "elastic", "experiment", "graph", "health")),
         *(f"training.{name}" for name in ("image_pool", "monitor", "process", "replicas", "run_folder")),
         *("roofline", "training.latents", "training.schedule", "training.state", "training.step"),

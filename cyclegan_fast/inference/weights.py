@@ -7,8 +7,6 @@ and network ``G_A``, ``G_B``, ``D_A`` or ``D_B``; one direction alone is ``lates
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -19,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cyclegan_fast.atomic import replacing
 from cyclegan_fast.config import Config, ConfigError, LossConfig, ModelConfig, from_dict, to_dict, to_yaml, upgraded
 from cyclegan_fast.errors import InputError
 from cyclegan_fast.models.defacto import Architecture, MisfitError, Recognised, defacto_state, recognise
@@ -366,17 +365,12 @@ def _exported(source: str | Path, name: str, one: Recognised) -> dict[str, Tenso
 
 def _write(file: Path, state: dict[str, Tensor]) -> None:
     """Write a state dict, whole or not at all. Raises WeightsError without the package for safetensors, OSError."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        if file.suffix == ".safetensors":
-            try:
-                from safetensors.torch import save_file
-            except ImportError:
-                raise WeightsError(_MISSING) from None
-            save_file(state, temporary, metadata={"format": "pt"})
-        else:
+    with replacing(file) as temporary:
+        if file.suffix == ".pth":
             torch.save(OrderedDict(state), temporary)
-        temporary.replace(file)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            return
+        try:
+            from safetensors.torch import save_file
+        except ImportError:
+            raise WeightsError(_MISSING) from None
+        save_file(state, temporary, metadata={"format": "pt"})

@@ -35,9 +35,9 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from cyclegan_fast.atomic import replacing
 from cyclegan_fast.errors import InputError
 from cyclegan_fast.tensor_file import Archive, Refused, check_directory, physical_memory
-from cyclegan_fast.training.atomic import replacing
 
 logger = logging.getLogger("cyclegan_fast.checkpoint")
 
