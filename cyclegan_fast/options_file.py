@@ -40,13 +40,11 @@ _TEXTS = {"dataroot": "data.root", "name": "name"}
 _INTEGERS = {
     "batch_size": "training.batch",
     "crop_size": "data.crop_size",
-    "input_nc": "model.channels_A",
     "load_size": "data.load_size",
     "n_epochs": "training.epochs",
     "n_epochs_decay": "training.epochs_decay",
     "ndf": "model.ndf",
     "ngf": "model.ngf",
-    "output_nc": "model.channels_B",
     "pool_size": "training.pool_size",
 }
 _NUMBERS = {
@@ -54,24 +52,22 @@ _NUMBERS = {
     "init_gain": "model.init_gain",
     "lambda_A": "loss.cycle_A",
     "lambda_B": "loss.cycle_B",
+    "lambda_L1": "loss.l1",
     "lambda_identity": "loss.identity",
     "lr": "training.lr",
 }
 
 # Only one value has an equal; any other would train something else.
 _REQUIRED = {
-    "align_data": ("False", "paired data is no CycleGAN's"),
+    "align_data": ("False", "the folders are trainA and trainB, or of pix2pix one of pictures side by side"),
     "continue_train": (
         "False",
         "its files hold neither optimisers nor image pools: begin a run with model.init_from=FOLDER instead, from the "
         "folder of its *_net_*.pth files",
     ),
-    "dataset_mode": ("unaligned", "two folders of unpaired pictures are read, trainA and trainB"),
-    "direction": ("AtoB", "exchange the folders trainA and trainB, or train as AtoB and translate --direction BtoA"),
     "epoch_count": ("1", "a run begins with its first epoch; model.init_from takes over weights"),
     "init_type": ("normal", "weights are initialised from a normal distribution"),
     "isTrain": ("True", "this is the options file of a test: `cyclegan-fast translate` does that"),
-    "model": ("cycle_gan", "this trains a CycleGAN"),
     "phase": ("train", "the folders are called trainA and trainB"),
 }
 
@@ -162,6 +158,8 @@ class _Translation:
                     f"{name} = {value!r} is no option of the de-facto implementation that is known here: if it has no "
                     "effect on the training, remove its line"
                 )
+        if "model" not in self.options:
+            raise ConfigError("it does not say which model, cycle_gan or pix2pix")
         if neutral := [name for name in self.options if name in _NEUTRAL]:
             self.notes.append(f"not taken over, and without effect on what is learned: {', '.join(neutral)}")
         if "niter" in self.old:
@@ -169,6 +167,29 @@ class _Translation:
                 "the learning rate falls from the first epoch after n_epochs on, as in newer versions; in those that "
                 "call it niter it begins to fall up to two epochs before"
             )
+
+    def method(self, value: str) -> None:
+        """`model`, and what goes with it: dataset_mode, direction and the channels."""
+        pix2pix, direction = value == "pix2pix", self.options.get("direction", "AtoB")
+        mode = self.options.get("dataset_mode", "aligned" if pix2pix else "unaligned")
+        if value not in ("cycle_gan", "pix2pix"):
+            raise ConfigError(f"model = {value!r} has no equal here, only cycle_gan and pix2pix")
+        if mode != ("aligned" if pix2pix else "unaligned"):
+            raise ConfigError(f"dataset_mode = {mode!r} has no equal here with model {value}")
+        if direction not in ("AtoB", *(["BtoA"] * pix2pix)):
+            raise ConfigError(
+                f"direction = {direction!r} has no equal here with model {value}: exchange the folders trainA and "
+                "trainB, or train as AtoB and translate --direction BtoA"
+            )
+        if pix2pix:
+            for field, given in (("method", value), ("direction", direction)):
+                self._set(f"model.{field}", given)
+            self._set("data.source", "side_by_side")
+            self._set("data.pairing", "aligned")
+        ends = ("model.channels_A", "model.channels_B")
+        for option, field in zip(("input_nc", "output_nc"), ends if direction == "AtoB" else ends[::-1], strict=True):
+            if option in self.options:
+                self._set(field, self._number(option, int))
 
     def generator(self, value: str) -> None:
         if match := re.fullmatch(r"resnet_(\d{1,3})blocks", value):
@@ -268,10 +289,14 @@ class _Translation:
 
 
 _SPECIAL: dict[str, Callable[[_Translation, str], None]] = {
+    "dataset_mode": _Translation.nothing,
+    "direction": _Translation.nothing,
     "gan_mode": _Translation.adversarial,
     "gpu_ids": _Translation.devices,
+    "input_nc": _Translation.nothing,
     "lr_policy": _Translation.policy,
     "max_dataset_size": _Translation.limit,
+    "model": _Translation.method,
     "n_layers_D": _Translation.nothing,
     "netD": _Translation.discriminator,
     "netG": _Translation.generator,
@@ -279,6 +304,7 @@ _SPECIAL: dict[str, Callable[[_Translation, str], None]] = {
     "no_flip": _Translation.flip,
     "no_lsgan": _Translation.no_lsgan,
     "norm": _Translation.norm,
+    "output_nc": _Translation.nothing,
     "preprocess": _Translation.preprocess,
     "serial_batches": _Translation.serial,
 }

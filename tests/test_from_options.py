@@ -111,6 +111,23 @@ def test_what_is_taken_over(changed: dict[str, str], expected: list[str], note: 
     assert note in notes
 
 
+def test_pix2pix(tmp_path: Path) -> None:
+    changed = {
+        "model": "pix2pix", "dataset_mode": "aligned", "direction": "BtoA", "netG": "unet_256", "norm": "batch",
+        "gan_mode": "vanilla", "pool_size": "0", "lambda_L1": "50.0", "no_dropout": "False", "input_nc": "1",
+    }  # fmt: skip
+    options = {name: value for name, value in (NEWER | changed).items() if name not in ("lambda_A", "lambda_identity")}
+    config, _ = read(tmp_path, "\n".join(f"{name}: {value}" for name, value in options.items()))
+    assert config == load_config(
+        None,
+        [
+            *("name=maps", "data.root=./datasets/maps", "data.source=side_by_side", "data.pairing=aligned"),
+            *("model.method=pix2pix", "model.direction=BtoA", "model.channels_B=1", "model.generator=unet_256"),
+            *("model.affine=true", "model.dropout=true", "loss.gan=vanilla", "loss.l1=50", "training.pool_size=0"),
+        ],
+    )
+
+
 def test_older_names(tmp_path: Path) -> None:
     changed = {
         "which_model_netG": "unet_256", "which_model_netD": "n_layers", "n_layers_D": "2", "no_lsgan": "True",
@@ -134,7 +151,10 @@ def test_older_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (newer(direction="BtoA"), "direction = 'BtoA' has no equal here, only AtoB: exchange the folders"),
+        (newer(direction="BtoA"), "direction = 'BtoA' has no equal here with model cycle_gan: exchange the folders"),
+        (newer(dataset_mode="aligned"), "dataset_mode = 'aligned' has no equal here with model cycle_gan"),
+        (newer(model="pix2pix"), "dataset_mode = 'unaligned' has no equal here with model pix2pix"),
+        (newer().replace("model: cycle_gan", "verbose2: no"), "verbose2 = 'no' is no option"),
         (newer(norm="batch", batch_size="4"), "norm = 'batch' has no equal"),
         (newer(norm="none"), "norm = 'none'"),
         (newer(norm="syncbatch"), "norm = 'syncbatch'"),

@@ -18,7 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from cyclegan_fast.atomic import replacing
-from cyclegan_fast.config import Config, ConfigError, LossConfig, ModelConfig, from_dict, to_dict, to_yaml, upgraded
+from cyclegan_fast.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    from_dict,
+    to_dict,
+    to_yaml,
+    upgraded,
+)
 from cyclegan_fast.errors import InputError
 from cyclegan_fast.models.defacto import Architecture, MisfitError, Recognised, defacto_state, recognise
 from cyclegan_fast.tensor_file import Refused, read_tensors
@@ -166,8 +176,9 @@ def export_weights(
 ) -> list[Path]:
     """Write a model's networks as the de-facto implementation's files, ``<label>_net_<network>.pth``, into a folder.
 
-    ``source`` is a run, a checkpoint or de-facto weights; file_format ``pth`` or ``safetensors``. With ``direction``
-    that generator alone, as ``<label>_net_G.pth``, which ``--model test`` reads. Files appear whole or not at all.
+    ``source`` is a run, a checkpoint or de-facto weights; file_format ``pth`` or ``safetensors``. A model of one
+    direction is written as ``<label>_net_G.pth``, which ``--model test`` reads, and so is, where it is given, the
+    generator of ``direction``. Files appear whole or not at all.
     Raises WeightsError when a network is none that the de-facto implementation has, CheckpointError.
     """
     if not _LABEL.fullmatch(label):
@@ -177,7 +188,9 @@ def export_weights(
         name = "G_A" if direction == "AtoB" else "G_B"
         if name not in states:
             raise WeightsError(f"{source} has no {name}, which translates {direction}")
-        states = {"G": states[name]}
+        states = {name: states[name]}
+    if not states.keys() >= {"G_A", "G_B"}:  # of one direction, and called so
+        states = {name[0]: state for name, state in states.items()}
     files = {name: Path(out) / f"{label}_net_{name}.{file_format}" for name in states}
     there = [file for file in files.values() if file.exists()]
     if there and not overwrite:
@@ -297,6 +310,8 @@ def _settings(path: Path, found: Mapping[str, Architecture]) -> ModelConfig:
             raise WeightsError(
                 f"{path}: generators are {one.words}, but discriminators {two.words}: one model has one norm"
             )
+        if one is not None:
+            _check_sight(path, found, model)
         model = replace(model, ndf=two.width, discriminator=two.kind, affine=two.affine)
         model = replace(model, discriminator_layers=two.depth) if two.kind == "patch" else model
     return model
@@ -316,11 +331,28 @@ def _check_pair(path: Path, found: Mapping[str, Architecture], first: str, secon
         raise WeightsError(f"{path}: {second} is a {two.words}; beside its {first} it must be a {right.words}")
 
 
+def _check_sight(path: Path, found: Mapping[str, Architecture], model: ModelConfig) -> None:
+    """Refuse a discriminator that sees neither what its generator makes nor, in pix2pix, that beside its input."""
+    A, B = model.channels_A, model.channels_B
+    for name, seen in (("D_A", B), ("D_B", A)):
+        if name in found and found[name].in_channels not in (seen, A + B):
+            raise WeightsError(
+                f"{path}: {name} is a {found[name].words}; beside these generators it sees {seen} channels, or {A + B} "
+                "in pix2pix"
+            )
+
+
 def _run_config(weights: Weights, run: Path) -> Config:
-    """The configuration of an imported run. Raises WeightsError where a run cannot have such networks."""
-    identity = LossConfig().identity if weights.model.channels_A == weights.model.channels_B else 0.0
-    place = run.resolve()
-    config = Config(name=place.name, out=str(place.parent), model=weights.model, loss=LossConfig(identity=identity))
+    """The configuration of an imported run, of pix2pix if it has one direction alone.
+
+    Raises WeightsError where a run cannot have such networks.
+    """
+    model, data, place = weights.model, DataConfig(), run.resolve()
+    if not weights.networks.keys() >= {"G_A", "G_B"}:
+        model = replace(model, method="pix2pix", direction="AtoB" if "G_A" in weights.networks else "BtoA")
+        data = replace(data, pairing="aligned")
+    identity = LossConfig().identity if model.channels_A == model.channels_B else 0.0
+    config = Config(place.name, str(place.parent), data=data, model=model, loss=LossConfig(identity=identity))
     try:
         return from_dict(to_dict(config))
     except ConfigError as error:
