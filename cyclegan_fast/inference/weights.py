@@ -96,7 +96,12 @@ class Weights:
     """The format of each network's file."""
 
     def generators(self) -> tuple[nn.Module, nn.Module]:
-        """(G_A, G_B) with their weights; an `AbsentGenerator` for one that is not there."""
+        """(G_A, G_B) with their weights; an `AbsentGenerator` for one that is not there.
+
+        Raises WeightsError if there is neither.
+        """
+        if not self.networks.keys() & {"G_A", "G_B"}:
+            raise WeightsError(f"{self.source} has no generator: there is nothing to translate with")
         made: list[nn.Module] = []
         for name in ("G_A", "G_B"):
             if name not in self.networks:
@@ -152,8 +157,7 @@ def import_weights(source: str | Path, out: str | Path, which: str = "latest") -
     file = out if out.suffix == ".ckpt" else step_path(run, 0)
     if file.exists() or (file != out and checkpoint_dir(run).is_dir() and any(checkpoint_dir(run).iterdir())):
         raise WeightsError(f"{out} is there already: choose another name")
-    if not any(name in weights.networks for name in ("G_A", "G_B")):
-        raise WeightsError(f"{source} has no generator: there is nothing to translate with")
+    weights.generators()  # or there is nothing to translate with
     config = _run_config(weights, run)
     networks = {name: dict(one.weights) for name, one in weights.networks.items()}
     position = {"step": 0, "epoch": 0.0}
