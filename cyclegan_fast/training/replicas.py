@@ -66,18 +66,32 @@ class Replicas:
 def fingerprint(tensors: Iterable[Tensor]) -> Tensor:
     """A hash of the bits of tensors of one device, in order, int64 [] on that device; 0 for none of them.
 
-    Equal for tensors of equal bits and memory orders. Takes as much memory again as they have.
+    Equal for tensors of equal bits and memory orders. Takes as much memory again as the largest of them has.
     """
-    words = [_words(tensor) for tensor in tensors]
-    if not words:
-        return torch.zeros((), dtype=torch.int64)
-    padding = words[0].new_zeros(-sum(word.numel() for word in words) % _COLUMNS)
-    flat = torch.cat([*words, padding]).view(-1, _COLUMNS)
-    weights = torch.arange(1, _COLUMNS + flat.shape[0] + 1, device=flat.device) * _MIX | 1
-    columns, rows = flat.sum(0, dtype=torch.int64), flat.sum(1, dtype=torch.int64)
+    total = None
+    for place, tensor in enumerate(tensors):
+        # An odd weight for each place, so that nothing of a difference in one tensor is lost.
+        part = _tensor_hash(_words(tensor)) * (_signed(place * _MIX) | 1)
+        total = part if total is None else total + part
+    return torch.zeros((), dtype=torch.int64) if total is None else total
+
+
+def _tensor_hash(words: Tensor) -> Tensor:
+    """A hash of int32 [n] and of n, int64 []."""
+    rows, rest = divmod(words.numel(), _COLUMNS)
+    grid = words[: rows * _COLUMNS].view(rows, _COLUMNS)
+    weights = torch.arange(1, _COLUMNS + rows + 2, device=words.device) * _MIX | 1
+    columns = grid.sum(0, dtype=torch.int64)
+    columns[:rest] += words[rows * _COLUMNS :]
+    sums = torch.cat([grid.sum(1, dtype=torch.int64), words[rows * _COLUMNS :].sum(dtype=torch.int64)[None]])
     # A column's weight says where in its row a value stands, a row's in which row.
     # Together they are odd, so that nothing of a difference in one place is lost.
-    return (columns * weights[:_COLUMNS]).sum() * _MIX + (rows * weights[_COLUMNS:]).sum() * 2
+    return (columns * weights[:_COLUMNS]).sum() * _MIX + (sums * weights[_COLUMNS:]).sum() * 2 + words.numel()
+
+
+def _signed(number: int) -> int:
+    """An integer modulo 2**64, as int64 has it."""
+    return (number + 2**63) % 2**64 - 2**63
 
 
 def _words(tensor: Tensor) -> Tensor:
