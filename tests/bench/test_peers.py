@@ -40,7 +40,7 @@ def test_the_peer_trains_as_the_reference_does(batch: int, identity: float) -> N
     parameters = [[p for network in pair for p in network.parameters()] for pair in (ours[:2], ours[2:])]
     G, D = (torch.optim.Adam(group, lr=2e-4, betas=(0.5, 0.999)) for group in parameters)
     state = CycleGANState(
-        *ours,
+        **dict(zip(("G_A", "G_B", "D_A", "D_B"), ours, strict=True)),
         optimizer_G=G,
         optimizer_D=D,
         exchange_A=no_pool,
