@@ -22,6 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cyclegan_fast import tensor_file
 from cyclegan_fast.config import ConfigError, from_dict, load_config, to_dict
 from cyclegan_fast.data import store as store_module
 from cyclegan_fast.data.folder import DataError, list_images, report, scan_dataset, scan_folder
@@ -392,7 +393,7 @@ def test_what_would_not_be_read_is_not_written(tmp_path: Path, monkeypatch: pyte
     path = tmp_path / "a.ckpt"
     write_checkpoint(path, content())
     before = path.read_bytes()
-    monkeypatch.setattr(ckpt, "_DIRECTORY_BYTES", 1000)
+    monkeypatch.setattr(tensor_file, "DIRECTORY_BYTES", 1000)
     with pytest.raises(CheckpointError, match=r"cannot write the checkpoint .*a\.ckpt: .* at most 1000"):
         write_checkpoint(path, content())
     assert path.read_bytes() == before

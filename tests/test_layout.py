@@ -20,6 +20,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 ALLOWED = {
     "atomic": set(),
     "errors": set(),
+    "tensor_file": set(),
+    "options_file": {"config", "errors"},
     "version": set(),
     "config": {"errors"},
     "machine": set(),
@@ -41,7 +43,7 @@ ALLOWED = {
     "training.cyclegan": {"training.losses", "training.step"},
     "training.pix2pix": {"training.losses", "training.step"},
     "training.augmented": {"training.losses", "training.pix2pix", "training.step"},
-    "training.checkpoint": {"atomic", "errors"},
+    "training.checkpoint": {"atomic", "errors", "tensor_file"},
     "training.lock": {"errors"},
     "training.monitor": {"atomic", "models.cost", "progress", "roofline"},
     "training.samples": {
@@ -61,7 +63,9 @@ ALLOWED = {
         *("data.loader", "distributed"),
         *(f"training.{name}" for name in ("checkpoint", "experiment", "monitor", "state")),
     },
-    "inference": {"atomic", "config", "data", "device", "errors", "inference", "models", "training.checkpoint"},
+    "inference": {
+        *("atomic", "config", "data", "device", "errors", "inference", "models", "tensor_file", "training.checkpoint"),
+    },
     "evaluation": {"atomic", "data.photo", "errors", "evaluation", "inference.translate", "training.checkpoint"},
     "roofline": {"atomic", "data.store", "machine"},
     "doctor": {"data.store", "device", "machine", "ops", "roofline", "version"},
@@ -73,6 +77,7 @@ ALLOWED = {
     "training.graph": {"ops.crop_flip", "training.step"},
     "training.trainer": {
         *("config", "data.loader", "device", "distributed", "errors", "evaluation.figures", "models", "version"),
+        "inference.weights",  # a run that starts from weights of others
         *(f"training.{name}" for name in ("build", "checkpoint", "elastic", "experiment", "graph", "health")),
         *(f"training.{name}" for name in ("image_pool", "monitor", "process", "replicas", "run_folder")),
         *("roofline", "training.latents", "training.schedule", "training.state", "training.step"),

@@ -15,6 +15,7 @@ from cyclegan_fast.device import arithmetic, resolve_device, resolve_precision
 from cyclegan_fast.errors import InputError
 from cyclegan_fast.inference.memory import available_memory, is_out_of_memory
 from cyclegan_fast.inference.pictures import PictureLike, Pixels, as_batch
+from cyclegan_fast.inference.weights import AbsentGenerator, absent_generator, is_weights, read_weights
 from cyclegan_fast.models import build_generators
 from cyclegan_fast.training.checkpoint import CheckpointError, find_checkpoint, read_checkpoint
 
@@ -57,23 +58,22 @@ class Translator:
     ) -> Translator:
         """The generators of a checkpoint file, or of a run folder's ``latest``, ``best`` or ``epoch-N`` checkpoint.
 
-        Raises CheckpointError when it is missing, damaged, or its weights and its configuration do not belong
-        together.
+        Or of the de-facto implementation's: a weights file, or a folder of them at epoch ``latest``, ``N`` or
+        ``iter_N`` (see ``inference.weights``). Raises CheckpointError or WeightsError when it is missing, damaged, or
+        its weights and its configuration do not belong together.
         """
+        if is_weights(path):
+            weights = read_weights(path, which, networks=("G_A", "G_B"))
+            G_A, G_B = weights.generators()
+            A, B = weights.model.channels_A, weights.model.channels_B
+            return cls(G_A, G_B, channels_A=A, channels_B=B, device=device, precision=precision)
         file = find_checkpoint(Path(path), which)
         content = read_checkpoint(file)
         try:
             model = from_dict(upgraded(content["config"])).model
         except ConfigError as error:
             raise CheckpointError(f"{file} holds a configuration that this version cannot use: {error}") from error
-        generators = _unfilled_generators(model, content["G_A"], file)
-        for name, generator in zip(("G_A", "G_B"), generators, strict=True):
-            weights = {key: weight.float() for key, weight in content[name].items()}
-            try:
-                generator.load_state_dict(weights, assign=True)
-            except RuntimeError as error:
-                raise CheckpointError(f"{file}: the weights of {name} do not fit its configuration: {error}") from error
-        G_A, G_B = generators
+        G_A, G_B = (_generator(model, content, name, file) for name in ("G_A", "G_B"))
         A, B = model.channels_A, model.channels_B
         return cls(G_A, G_B, channels_A=A, channels_B=B, device=device, precision=precision)
 
@@ -81,6 +81,8 @@ class Translator:
         """Channels of the input and of the output of a direction. Raises InputError unless it is AtoB or BtoA."""
         if direction not in DIRECTIONS:
             raise InputError(f"direction {direction!r} is not one of {', '.join(DIRECTIONS)}")
+        if isinstance(generator := self.G_A if direction == "AtoB" else self.G_B, AbsentGenerator):
+            raise InputError(generator.reason)
         pair = (self.channels_A, self.channels_B)
         return pair if direction == "AtoB" else pair[::-1]
 
@@ -200,6 +202,18 @@ def _unfilled_generators(model: ModelConfig, weights: Mapping[str, Tensor], file
         raise CheckpointError(f"{misfit}, model.ngf = {model.ngf}: {error}") from error
 
 
+def _generator(model: ModelConfig, content: Mapping[str, Any], name: str, file: Path) -> nn.Module:
+    """A generator with its weights, or what stands for one that the checkpoint lacks. Raises CheckpointError."""
+    if name not in content:
+        return absent_generator(file, name)
+    generator = _unfilled_generators(model, content[name], file)[name == "G_B"]
+    try:
+        generator.load_state_dict({key: weight.float() for key, weight in content[name].items()}, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{file}: the weights of {name} do not fit its configuration: {error}") from error
+    return generator
+
+
 def load(path: str | Path, *, which: str = "latest", device: str = "auto", precision: str = "auto") -> Translator:
-    """The translator of a run folder or a checkpoint file; see ``Translator.from_checkpoint``."""
+    """The translator of a run folder, a checkpoint file or de-facto weights; see ``Translator.from_checkpoint``."""
     return Translator.from_checkpoint(path, which, device, precision)
