@@ -109,6 +109,9 @@ def _add_translate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     translate.add_argument("inputs", nargs="+", metavar="INPUT", help="picture, folder or glob pattern")
     translate.add_argument("-o", "--out", required=True, metavar="DIR", help="folder for the results")
     translate.add_argument("--direction", choices=("AtoB", "BtoA"), default="AtoB")
+    translate.add_argument(
+        "--seed", type=int, metavar="N", help="which of many translations, for Augmented CycleGAN (default 0)"
+    )
     translate.add_argument("--format", choices=("jpg", "png", "tif", "webp", "avif"), help="default: the input's")
     translate.add_argument("--quality", type=int, default=95, metavar="1..100", help="of lossy formats (default 95)")
     translate.add_argument("--suffix", default="", help="appended to each name, before the extension")
@@ -262,7 +265,7 @@ def _translate(arguments: argparse.Namespace) -> int:
         arguments.checkpoint, which=arguments.which, device=arguments.device, precision=arguments.precision
     )
     result = translate_files(
-        translator,
+        translator if arguments.seed is None else translator.styled(arguments.seed),
         arguments.inputs,
         arguments.out,
         direction=arguments.direction,

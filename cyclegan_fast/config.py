@@ -720,13 +720,9 @@ def _check_method(config: Config) -> None:
     """Refuse what a method of training cannot do."""
     data, model, training = config.data, config.model, config.training
     if model.method == "pix2pix" and data.pairing != "aligned":
-        raise ConfigError(
-            f"data.pairing = {data.pairing!r}: model.method=pix2pix learns from data.pairing=aligned only"
-        )
+        raise ConfigError(f"data.pairing = {data.pairing!r}: model.method=pix2pix needs data.pairing=aligned")
     if data.source == "side_by_side" and data.pairing != "aligned":
-        raise ConfigError(
-            f"data.pairing = {data.pairing!r}: data.source=side_by_side holds pairs, data.pairing=aligned"
-        )
+        raise ConfigError(f"data.pairing = {data.pairing!r}: data.source=side_by_side needs data.pairing=aligned")
     if model.method == "augmented":
         for name, value, plain in (
             ("training.mode", training.mode, "compile"),

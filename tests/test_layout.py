@@ -65,6 +65,7 @@ ALLOWED = {
     },
     "inference": {
         *("atomic", "config", "data", "device", "errors", "inference", "models", "tensor_file", "training.checkpoint"),
+        "training.latents",
     },
     "evaluation": {"atomic", "data.photo", "errors", "evaluation", "inference.translate", "training.checkpoint"},
     "roofline": {"atomic", "data.store", "machine"},

@@ -12,7 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cyclegan_fast.data.photo import EXTENSIONS, PhotoError, open_photo, read_header
@@ -167,7 +167,7 @@ def scan_dataset(
 def scan_side_by_side(root: str | Path, *, unreadable: str = "refuse", progress: bool = False) -> dict[str, Scan]:
     """Scan train, and test or else val, below ``root``, whose pictures hold A in the left and B in the right half.
 
-    The result is as `scan_dataset` gives it: trainA and trainB are the same scan. Raises as there.
+    The result is as `scan_dataset` gives it, trainA and trainB being the same pictures. Raises as there.
     """
     root = Path(root)
     if not (root / "train").is_dir():
@@ -184,7 +184,8 @@ def scan_side_by_side(root: str | Path, *, unreadable: str = "refuse", progress:
     _settle_bad(scans, unreadable)
     if not scans["train"].entries:
         raise DataError(f"{folders['train']}: no picture that can be used; {_found_in(folders['train'])}")
-    return {f"{name}{domain}": scan for name, scan in scans.items() if scan.entries for domain in "AB"}
+    splits = [(f"{name}{domain}", scan) for name, scan in scans.items() if scan.entries for domain in "AB"]
+    return {split: replace(scan, split=split) for split, scan in splits}
 
 
 def stem(name: str) -> str:
@@ -238,8 +239,8 @@ def _by_stem(scan: Scan) -> dict[str, Entry]:
         other = found.setdefault(stem(entry.name), entry)
         if other is not entry:
             raise DataError(
-                f"{scan.folder}: {other.name} and {entry.name} have one name but for the suffix, so data.pairing=aligned "
-                "cannot tell which of them is the partner: remove one"
+                f"{scan.folder}: {other.name} and {entry.name} have one name but for the suffix: aligned pairs "
+                "cannot tell which of them is the partner, so remove one"
             )
     return found
 

@@ -425,7 +425,7 @@ def _scan(config: Config, progress: bool) -> dict[str, Scan]:
             progress=progress,
         )
     if data.source == "side_by_side":
-        return align(scan_side_by_side(Path(data.root), unreadable=data.unreadable, progress=progress))
+        return scan_side_by_side(Path(data.root), unreadable=data.unreadable, progress=progress)
     scans = scan_dataset(Path(data.root), unreadable=data.unreadable, progress=progress)
     return align(scans, data.unreadable) if data.pairing == "aligned" else scans
 

@@ -67,6 +67,7 @@ def build_augmented(model: ModelConfig, *, impl: str = "auto", impl_D: str = "au
 
     def generator(source: int, target: int) -> StyledGenerator:
         options: dict[str, Any] = {"preset": model.preset, "dropout": model.dropout, "init_gain": model.init_gain}
+        options["upsample"] = model.upsample
         return StyledGenerator(source, target, model.ngf, model.blocks, latent=Z, impl=impl, **options)
 
     D_A, D_B = build_discriminators(model, impl=impl_D)

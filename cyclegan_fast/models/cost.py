@@ -156,7 +156,7 @@ def training_step(step: Step) -> Work:
 
 
 def configured(config: Config, height: int, width: int, *, precision: str, fused: bool) -> Step:
-    """One process's step of a run on pictures of height x width, in a resolved precision.
+    """One process's step of a run of CycleGAN or pix2pix on pictures of height x width, in a resolved precision.
 
     ``fused``: the networks run by the fused operations. Recomputation is left out: these are the FLOP and bytes that
     the step needs, by which the speed of an execution is judged.
@@ -192,7 +192,7 @@ def step_kernels(step: Step) -> Iterator[Kernel]:
 
 
 def step_passes(step: Step) -> list[Pass]:
-    """The runs of the four networks in one step, in the order of `training.step`."""
+    """The runs of the networks in one step of CycleGAN or pix2pix, in the order of `training.step`."""
     networks = _networks(step)
     together = step.identity and step.batched
     passes: list[Pass] = []
@@ -201,6 +201,13 @@ def step_passes(step: Step) -> list[Pass]:
         passes.append(Pass(name, networks[name], batches * step.batch, weight, entry))
 
     for _ in range(step.accumulate):
+        if step.model.method == "pix2pix":
+            G, D = networks
+            add(G)
+            add(D, weight=False, entry=True)
+            for _ in range(1 if step.batched else 2):
+                add(D, 2 if step.batched else 1)
+            continue
         for name in ("G_A", "G_B"):  # the fakes, and the identity beside them
             add(name, 2 if together else 1)
             if step.identity and not together:
@@ -223,7 +230,7 @@ def activation_bytes(step: Step) -> float:
     keeps its input only; the one block under recomputation is not counted.
     """
     count = 0
-    passes = [one for one in step_passes(replace(step, accumulate=1)) if one.network in ("G_A", "G_B")]
+    passes = [one for one in step_passes(replace(step, accumulate=1)) if one.network.startswith("G")]
     passes += [one for one in step_passes(replace(step, accumulate=1)) if not one.weight_gradient]
     for one in passes:
         count += one.pictures * sum(
@@ -240,8 +247,7 @@ def weights(step: Step) -> Work:
     generators' half and in the discriminators', and their gradients back to float32.
     """
     size, passes, total = BYTES[step.precision], step_passes(step), Work()
-    for name in ("G_A", "G_B", "D_A", "D_B"):
-        layers = _networks(step)[name]
+    for name, layers in _networks(step).items():
         filters, tensors = sum(layer.filters for layer in layers), sum(1 + layer.bias for layer in layers)
         own = [one for one in passes if one.network == name]
         trained = sum(one.weight_gradient for one in own)
@@ -390,6 +396,11 @@ class _LayerMaker:
 
 def _networks(step: Step) -> dict[str, tuple[Layer, ...]]:
     model, h, w = step.model, step.height, step.width
+    if model.method == "pix2pix":
+        A, B = model.channels_A, model.channels_B
+        suffix, source, target = ("A", A, B) if model.direction == "AtoB" else ("B", B, A)
+        G, D = generator_layers(model, source, target, h, w), discriminator_layers(model, A + B, h, w)
+        return {f"G_{suffix}": G, f"D_{suffix}": D}
     return {
         "G_A": generator_layers(model, model.channels_A, model.channels_B, h, w),
         "G_B": generator_layers(model, model.channels_B, model.channels_A, h, w),
