@@ -108,6 +108,12 @@ def _add_translate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         "--truncate", action="store_true", help="cut pixel values off instead of rounding, as the de-facto code does"
     )
     translate.add_argument("--which", default="latest", help="checkpoint of a run: latest, best or epoch-N")
+    translate.add_argument(
+        "--weights",
+        choices=("auto", "ema", "raw"),
+        default="auto",
+        help="averaged weights (see training.ema) or those of the last step; default: averaged if there are any",
+    )
     _add_execution_options(translate)
     translate.set_defaults(run=_translate)
 
@@ -204,7 +210,11 @@ def _translate(arguments: argparse.Namespace) -> int:
     from cyclegan_fast.inference.translate import load
 
     translator = load(
-        arguments.checkpoint, which=arguments.which, device=arguments.device, precision=arguments.precision
+        arguments.checkpoint,
+        which=arguments.which,
+        device=arguments.device,
+        precision=arguments.precision,
+        weights=arguments.weights,
     )
     result = translate_files(
         translator,

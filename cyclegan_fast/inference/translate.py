@@ -17,6 +17,7 @@ from cyclegan_fast.inference.memory import available_memory, is_out_of_memory
 from cyclegan_fast.inference.pictures import PictureLike, Pixels, as_batch
 from cyclegan_fast.models import build_generators
 from cyclegan_fast.training.checkpoint import CheckpointError, find_checkpoint, read_checkpoint
+from cyclegan_fast.training.ema import select
 
 __all__ = ["DIRECTIONS", "TranslationError", "Translator", "load"]
 
@@ -53,24 +54,32 @@ class Translator:
 
     @classmethod
     def from_checkpoint(
-        cls, path: str | Path, which: str = "latest", device: str = "auto", precision: str = "auto"
+        cls,
+        path: str | Path,
+        which: str = "latest",
+        device: str = "auto",
+        precision: str = "auto",
+        weights: str = "auto",
     ) -> Translator:
         """The generators of a checkpoint file, or of a run folder's ``latest``, ``best`` or ``epoch-N`` checkpoint.
+
+        weights: ``ema``, the averages that `training.ema` keeps, ``raw``, the weights of the last step, or ``auto``,
+        the averages if the checkpoint has any.
 
         Raises CheckpointError when it is missing, damaged, or its weights and its configuration do not belong
         together.
         """
         file = find_checkpoint(Path(path), which)
-        content = read_checkpoint(file)
+        content = select(read_checkpoint(file), weights, file)
         try:
             model = from_dict(upgraded(content["config"])).model
         except ConfigError as error:
             raise CheckpointError(f"{file} holds a configuration that this version cannot use: {error}") from error
         generators = _unfilled_generators(model, content["G_A"], file)
         for name, generator in zip(("G_A", "G_B"), generators, strict=True):
-            weights = {key: weight.float() for key, weight in content[name].items()}
+            state = {key: weight.float() for key, weight in content[name].items()}
             try:
-                generator.load_state_dict(weights, assign=True)
+                generator.load_state_dict(state, assign=True)
             except RuntimeError as error:
                 raise CheckpointError(f"{file}: the weights of {name} do not fit its configuration: {error}") from error
         G_A, G_B = generators
@@ -200,6 +209,13 @@ def _unfilled_generators(model: ModelConfig, weights: Mapping[str, Tensor], file
         raise CheckpointError(f"{misfit}, model.ngf = {model.ngf}: {error}") from error
 
 
-def load(path: str | Path, *, which: str = "latest", device: str = "auto", precision: str = "auto") -> Translator:
+def load(
+    path: str | Path,
+    *,
+    which: str = "latest",
+    device: str = "auto",
+    precision: str = "auto",
+    weights: str = "auto",
+) -> Translator:
     """The translator of a run folder or a checkpoint file; see ``Translator.from_checkpoint``."""
-    return Translator.from_checkpoint(path, which, device, precision)
+    return Translator.from_checkpoint(path, which, device, precision, weights)

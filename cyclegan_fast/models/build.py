@@ -45,6 +45,7 @@ def build_discriminators(model: ModelConfig, *, impl: str = "auto") -> tuple[Dis
     """
 
     options: dict[str, Any] = {"preset": model.preset, "init_gain": model.init_gain}
+    options["spectral_norm"] = model.spectral_norm
 
     def build(channels: int) -> Discriminator:
         if model.discriminator == "patch":

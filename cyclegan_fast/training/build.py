@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from cyclegan_fast import distributed
 from cyclegan_fast.config import Config
 from cyclegan_fast.device import AUTOCAST
 from cyclegan_fast.models import build_discriminators, build_generators
+from cyclegan_fast.models.reference import power_iteration
 from cyclegan_fast.ops.instance_norm import runs_kernels
 from cyclegan_fast.training.image_pool import ImagePool
 from cyclegan_fast.training.losses import GANLoss
@@ -75,7 +76,15 @@ def build_state(
     def adam(*names: str) -> torch.optim.Adam:
         parameters = [parameter for name in names for parameter in modules[name].parameters()]
         betas = (training.beta1, training.beta2)
-        return torch.optim.Adam(parameters, lr=training.lr, betas=betas, eps=training.adam_eps, fused=True)
+        optimizer = torch.optim.Adam(parameters, lr=training.lr, betas=betas, eps=training.adam_eps, fused=True)
+
+        def iterate(*_: Any) -> None:
+            for name in names:
+                power_iteration(modules[name])
+
+        if config.model.spectral_norm:  # part of the optimiser's step, and so of a recorded one
+            optimizer.register_step_post_hook(iterate)
+        return optimizer
 
     return TrainState(
         G_A=run["G_A"],

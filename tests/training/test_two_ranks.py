@@ -40,7 +40,7 @@ JOBS: dict[str, tuple[str, ...]] = {
     "order": (),
     "disagreement": (),
     "steps-differ": (),
-    "exact": EXACT,
+    "exact": (*EXACT, "model.spectral_norm=true", "model.upsample=resize", "training.ema=0.9"),
     "graph": (*EXACT, "training.mode=graph"),
     "resumed": (*EXACT, "training.lr_scaling=linear"),
     "accumulate": ("training.steps=3", "training.accumulate=3"),
