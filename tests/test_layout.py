@@ -37,11 +37,18 @@ ALLOWED = {
     "training.losses": set(),
     "training.schedule": set(),
     "training.image_pool": {"ops.image_pool"},
+    "training.latents": set(),
     "training.step": {"training.losses"},
+    "training.cyclegan": {"training.losses", "training.step"},
+    "training.pix2pix": {"training.losses", "training.step"},
+    "training.augmented": {"training.losses", "training.pix2pix", "training.step"},
     "training.checkpoint": {"errors", "training.atomic"},
     "training.lock": {"errors"},
     "training.monitor": {"models.cost", "progress", "roofline"},
-    "training.samples": {"evaluation.figures", "training.step"},
+    "training.samples": {
+        *("evaluation.figures", "training.latents", "training.step"),
+        *("training.augmented", "training.cyclegan", "training.pix2pix"),
+    },
     "training.process": {"config", "device", "distributed", "machine"},
     "training.reduction": {"distributed"},
     "training.replicas": {"distributed"},
@@ -61,14 +68,15 @@ ALLOWED = {
     "doctor": {"data.store", "device", "machine", "ops", "roofline", "version"},
     "training.build": {
         *("config", "device", "distributed", "models", "ops.instance_norm"),
+        *(f"training.{name}" for name in ("augmented", "cyclegan", "pix2pix", "samples")),
         *(f"training.{name}" for name in ("image_pool", "losses", "reduction", "step")),
     },
     "training.graph": {"ops.crop_flip", "training.step"},
     "training.trainer": {
         *("config", "data.loader", "device", "distributed", "errors", "evaluation.figures", "models", "version"),
         *(f"training.{name}" for name in ("build", "checkpoint", "elastic", "ema", "experiment", "graph", "health")),
-        *(f"training.{name}" for name in ("image_pool", "monitor", "process", "replicas", "run_folder", "samples")),
-        *("roofline", "training.schedule", "training.state", "training.step"),
+        *(f"training.{name}" for name in ("image_pool", "monitor", "process", "replicas", "run_folder")),
+        *("roofline", "training.latents", "training.schedule", "training.state", "training.step"),
     },
 }
 ENTRY_POINTS = {"__init__", "__main__", "cli"}

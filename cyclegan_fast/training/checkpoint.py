@@ -47,7 +47,7 @@ logger = logging.getLogger("cyclegan_fast.checkpoint")
 FORMAT = 1
 _COMMENT = b"cyclegan_fast sha256 "
 _COMMENT_BYTES = len(_COMMENT) + 64
-_REQUIRED = ("format", "config", "G_A", "G_B", "position")
+_REQUIRED = ("format", "config", "position")
 _STEP_FILE = re.compile(r"step-(\d{8,})\.ckpt")
 
 # Limits of what is read: some 90,000 tensors. A usual checkpoint has 500.
@@ -111,7 +111,9 @@ def read_checkpoint(path: str | Path, *, map_location: str | torch.device = "cpu
         raise CheckpointError(f"{path} cannot be read: there is not enough memory for it") from error
     except (OSError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile, struct.error) as error:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from error
-    missing = [key for key in _REQUIRED if not isinstance(content, dict) or key not in content]
+    missing = [
+        key for key in (*_REQUIRED, *_generators(content)) if not isinstance(content, dict) or key not in content
+    ]
     if missing:
         raise CheckpointError(f"{path} is not a cyclegan_fast checkpoint: it lacks {', '.join(missing)}")
     if type(content["format"]) is not int or content["format"] != FORMAT:
@@ -120,7 +122,7 @@ def read_checkpoint(path: str | Path, *, map_location: str | torch.device = "cpu
     for key, (is_right, right) in _PARTS.items():
         if key in content and not is_right(content[key]):
             raise CheckpointError(f"{path}: its {key} is not {right}, but {_kind(content[key])}")
-    for key, networks in _OPTIMIZED.items():
+    for key, networks in _TRAINED_BY.items():
         if key in content and not _fits(content[key], [content.get(name) for name in networks]):
             raise CheckpointError(f"{path}: its {key} has moments of other shapes than the weights of its networks")
     result: dict[str, Any] = content
@@ -626,12 +628,14 @@ def _is_settings(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(key, str) for key in value)
 
 
+# The networks of all methods by their optimiser, in its order.
+_TRAINED_BY = {"optimizer_G": ("G_A", "G_B", "E_A", "E_B"), "optimizer_D": ("D_A", "D_B", "D_Z_A", "D_Z_B")}
 _WEIGHTS = (_is_weights, "a dictionary of floating-point tensors by name")
 _OPTIMIZER = (_is_optimizer, "the state of an optimiser")
 # What each part of a checkpoint must be, and that in words.
 _PARTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "config": (_is_settings, "a dictionary of settings by name"),
-    **dict.fromkeys(("G_A", "G_B", "D_A", "D_B"), _WEIGHTS),
+    **dict.fromkeys((*_TRAINED_BY["optimizer_G"], *_TRAINED_BY["optimizer_D"], "G_A_ema", "G_B_ema"), _WEIGHTS),
     **dict.fromkeys(("optimizer_G", "optimizer_D"), _OPTIMIZER),
     "scaler": (_is_settings, "the state of a loss scaler"),
     "pools": (_is_pools, "two image pools, A and B, with size, count and pictures [N, C, H, W]"),
@@ -642,12 +646,22 @@ _PARTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data": (_is_digest, "count_A, count_B and names of the pictures, and as many hashes of their files"),
     "provenance": (_is_settings, "a dictionary of words by name"),
 }
-_OPTIMIZED = {"optimizer_G": ("G_A", "G_B"), "optimizer_D": ("D_A", "D_B")}
+
+
+def _generators(content: Any) -> tuple[str, ...]:
+    """The generators that a checkpoint of its method of training must have."""
+    config = content.get("config") if isinstance(content, dict) else None
+    model = config.get("model") if isinstance(config, dict) else None
+    if isinstance(model, dict) and model.get("method") == "pix2pix":
+        return ("G_B",) if model.get("direction") == "BtoA" else ("G_A",)
+    return "G_A", "G_B"
 
 
 def _fits(optimizer: dict[str, Any], networks: list[Mapping[str, Tensor] | None]) -> bool:
     """Whether an optimiser's tensors have the shapes of their weights, which fused kernels take as given."""
-    shapes = [weight.shape for network in networks if network is not None for weight in network.values()]
+    weights = [item for network in networks if network is not None for item in network.items()]
+    # The vectors of a spectral norm are no parameters.
+    shapes = [weight.shape for key, weight in weights if not key.endswith(("._u", "._v"))]
     for index, moments in optimizer["state"].items():
         if not isinstance(index, int) or not 0 <= index < len(shapes):
             return False

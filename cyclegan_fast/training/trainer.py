@@ -30,7 +30,7 @@ from cyclegan_fast.models import cost
 from cyclegan_fast.roofline import measured
 from cyclegan_fast.training import checkpoint as ckpt
 from cyclegan_fast.training import elastic, experiment, run_folder
-from cyclegan_fast.training.build import build_networks, build_state, executed, resolved_impl
+from cyclegan_fast.training.build import build_networks, build_samples, build_state, executed, resolved_impl
 from cyclegan_fast.training.ema import averaged, preferred
 from cyclegan_fast.training.graph import (
     WARMUP,
@@ -44,10 +44,10 @@ from cyclegan_fast.training.graph import (
 )
 from cyclegan_fast.training.health import Health, is_norm
 from cyclegan_fast.training.image_pool import ImagePool, pool_draws
+from cyclegan_fast.training.latents import latent_draws
 from cyclegan_fast.training.monitor import SCALARS, History, Monitor
 from cyclegan_fast.training.process import catch_signals, process_settings, stopped_by_signals
 from cyclegan_fast.training.replicas import Replicas
-from cyclegan_fast.training.samples import Samples
 from cyclegan_fast.training.schedule import lr_factor, lr_scale
 from cyclegan_fast.training.state import RunState
 from cyclegan_fast.training.step import train_step
@@ -126,9 +126,7 @@ class Trainer:
             self.modules = self.modules | averaged(self.modules, self.state.optimizer_G, config.training.ema)
         self.run_state = RunState(self.modules, pools, self.state)
         self._replicas = Replicas(self.run_state.replicated, every=config.distributed.check_every)
-        self.samples = Samples(
-            self.data.samples_A, self.data.samples_B, preferred(self.modules), self.state.objective, self.state.autocast
-        )
+        self.samples = build_samples(self.data.samples_A, self.data.samples_B, preferred(self.modules), self.state)
         self.history = History()
         self._health = Health(self.run_dir, self.run_state, self.history, self.data.loader, self._content)
         self.step = 0
@@ -141,7 +139,7 @@ class Trainer:
             run_folder.write_config(config)
         distributed.broadcast_parameters(self.modules.values())
         self._replicas.check(self.step)
-        self._draws = Packed(draw_fields(*self._counts), device)
+        self._draws = Packed(draw_fields(*self._counts, self._latent), device)
         self._graph = self._open_graph() if config.training.mode == "graph" else None
         self._saved_at = time.monotonic()
         self._saved_step = self.step
@@ -163,6 +161,11 @@ class Trainer:
         """Micro-batches of a step, this process's pairs in one, and all processes' pairs in one, which share a pool."""
         training = self.config.training
         return training.accumulate, training.batch, training.batch * distributed.world_size()
+
+    @property
+    def _latent(self) -> int:
+        """Numbers in a latent code, 0 for methods without."""
+        return self.config.model.latent if self.config.model.method == "augmented" else 0
 
     def fit(self) -> None:
         """Run the remaining steps, with everything that happens between them."""
@@ -260,7 +263,10 @@ class Trainer:
             draw.reshape(count, per_pass) for domain in (0, 1) for draw in pool_draws(seed, positions, size, domain)
         ]
         alphas = [pool_draws(seed, own, 1, stream)[0].reshape(count, batch) for stream in (_ALPHA_A, _ALPHA_B)]
-        return Draws(*pools, *alphas)
+        latents = [
+            latent_draws(seed, own, self._latent, domain).reshape(count, batch, self._latent) for domain in (0, 1)
+        ]
+        return Draws(*pools, *alphas, *latents)
 
     def _read(self) -> dict[str, float]:
         """Scalars since the last reading; the one place where the host waits.
@@ -310,7 +316,7 @@ class Trainer:
         self._health.check_state(self.step)
         measures = self.samples.measure()
         monitor.measured(self.step, measures)
-        value = measures[f"test_{self.config.checkpoint.best}"]
+        value = measures[self.samples.best[self.config.checkpoint.best]]
         if value < self.best:  # never with NaN, which a test picture may give where the training pictures do not
             self.best, self.best_step = value, self.step
 
@@ -410,6 +416,7 @@ class Trainer:
             accumulate=count,
             batch=batch,
             pooled=per_pass,
+            latent=self._latent,
             device=self.device,
             recorder=recorder,
             agree=distributed.any_rank,
@@ -433,11 +440,13 @@ class Trainer:
         return monitor
 
     def _work(self) -> cost.Work | None:
-        """What one step of this process asks of the device, or None where pictures have several sizes."""
+        """What one step of this process asks of the device, or None where it is not known."""
         windows = self.data.loader.windows
         if windows is None or windows[0][:2] != windows[1][:2]:
             return None
         height, width, _ = windows[0]
+        if self.config.model.method == "augmented":  # not counted
+            return None
         step = cost.configured(self.config, height, width, precision=self.precision, fused=self.impl == "fused")
         return cost.training_step(step) + cost.weights(step) + cost.optimiser(step)
 

@@ -44,6 +44,9 @@ JOBS: dict[str, tuple[str, ...]] = {
     "graph": (*EXACT, "training.mode=graph"),
     "resumed": (*EXACT, "training.lr_scaling=linear"),
     "accumulate": ("training.steps=3", "training.accumulate=3"),
+    "pix2pix": (*EXACT, "model.method=pix2pix", "data.pairing=aligned", "data.unreadable=skip"),
+    "augmented": (*EXACT, "model.method=augmented", "model.latent=3"),
+    "pix2pix-large": (*COMPARABLE, "model.method=pix2pix", "data.pairing=aligned", "data.unreadable=skip"),
     "eager": COMPARABLE,
     "compile": (*COMPARABLE, "training.mode=compile"),
     "compressed": (*COMPARABLE, "distributed.compression=bf16"),
@@ -178,7 +181,9 @@ def assert_equal_runs(one: Path, two: Path, *, loss: float = 1e-5, weights: floa
             rel = 1e-2 if name.startswith("grad_") else loss
             assert second[name] == pytest.approx(value, rel=rel, abs=loss), (first["step"], name)
     states = [ckpt.read_checkpoint(ckpt.find_checkpoint(run)) for run in (one, two)]
-    for network in NETWORKS:
+    networks = [name for name in NETWORKS if name in states[0]]
+    assert networks
+    for network in networks:
         torch.testing.assert_close(states[0][network], states[1][network], rtol=0, atol=weights)
 
 
@@ -193,6 +198,18 @@ def test_two_ranks_are_one_with_two_micro_batches(folder: Path) -> None:
 def test_two_ranks_are_one_with_twice_the_batch(folder: Path) -> None:
     said(folder, "eager")
     assert_equal_runs(twice_the_batch(folder, "eager"), folder / "runs" / "eager")
+
+
+@pytest.mark.parametrize("method", ["pix2pix", "augmented"])
+def test_other_methods_on_two_ranks_are_one_with_two_micro_batches(folder: Path, method: str) -> None:
+    """To the bit, with their pools, codes and aligned pictures."""
+    said(folder, method)
+    assert_same_run(micro_batches(folder, method), folder / "runs" / method)
+
+
+def test_pix2pix_on_two_ranks_is_one_with_twice_the_batch(folder: Path) -> None:
+    said(folder, "pix2pix-large")
+    assert_equal_runs(twice_the_batch(folder, "pix2pix-large"), folder / "runs" / "pix2pix-large")
 
 
 def test_a_run_goes_on_with_another_number_of_processes(folder: Path) -> None:
