@@ -20,6 +20,7 @@ from cyclegan_fast.cli import main
 from cyclegan_fast.config import from_dict, load_config, to_dict
 from cyclegan_fast.errors import InputError
 from cyclegan_fast.inference.weights import (
+    NETWORKS,
     WeightsError,
     describe,
     export_weights,
@@ -396,15 +397,27 @@ def test_more_channels_than_a_picture_work_on_tensors(tmp_path: Path) -> None:
     assert_translates_like(save(tmp_path / "a.pth", network), network, 6)
 
 
-@pytest.mark.parametrize("settings", [["model.preset=keras"], ["model.upsample=resize"]])
-def test_networks_that_they_do_not_have_are_not_exported(settings: list[str], tmp_path: Path) -> None:
-    config = load_config(None, ["model.ngf=2", "model.blocks=1", *settings])
-    G_A, G_B = build_generators(config.model)
-    content = {"config": to_dict(config), "G_A": G_A.state_dict(), "G_B": G_B.state_dict(), "position": {"step": 0}}
-    write_checkpoint(tmp_path / "a.ckpt", content)
-    with pytest.raises(WeightsError, match=r"a\.ckpt.* (does not have|has no such network|is missing)"):
+@pytest.mark.parametrize("setting", ["model.preset=keras", "model.upsample=resize", "model.spectral_norm=true"])
+def test_networks_that_they_do_not_have_are_not_exported(setting: str, tmp_path: Path) -> None:
+    config = load_config(None, ["model.ngf=2", "model.ndf=2", "model.blocks=1", setting])
+    networks = zip(NETWORKS, (*build_generators(config.model), *build_discriminators(config.model)), strict=True)
+    states = {name: network.state_dict() for name, network in networks}
+    write_checkpoint(tmp_path / "a.ckpt", {"config": to_dict(config), **states, "position": {"step": 0}})
+    with pytest.raises(WeightsError, match=r"a\.ckpt.* (does not have|has no such [GD]_A)"):
         export_weights(tmp_path / "a.ckpt", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    if "spectral" in setting:  # which is about discriminators
+        assert len(export_weights(tmp_path / "a.ckpt", tmp_path / "out", direction="AtoB")) == 1
+
+
+def test_averages_are_exported_or_not(tmp_path: Path) -> None:
+    config, G_A, G_B = make_generators(seed=0)
+    _, other, _ = make_generators(seed=1)
+    states = {"G_A": G_A.state_dict(), "G_B": G_B.state_dict(), "G_A_ema": other.state_dict()}
+    write_checkpoint(tmp_path / "a.ckpt", {"config": config, **states, "position": {"step": 0}})
+    for weights, right in (("auto", other), ("ema", other), ("raw", G_A)):
+        (file,) = export_weights(tmp_path / "a.ckpt", tmp_path / weights, weights=weights, direction="AtoB")
+        assert torch.equal(torch.load(file, weights_only=True)["model.1.weight"], right.state_dict()["model.1.weight"])
 
 
 def test_other_mistakes(tmp_path: Path) -> None:
