@@ -12,7 +12,6 @@ import hashlib
 import json
 import statistics
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 
+from cyclegan_fast.atomic import replacing
 from cyclegan_fast.data.store import default_cache
 from cyclegan_fast.machine import cpu_name, usable_cores
 
@@ -220,11 +220,7 @@ def _file(environment: dict[str, Any]) -> Path:
 def _keep(found: Roofline) -> None:
     """Write by one rename, so that nobody reads half a file."""
     file = _file(found.environment)
-    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with replacing(file) as temporary:
             temporary.write_text(json.dumps(asdict(found), indent=1), encoding="utf-8")
-            temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)

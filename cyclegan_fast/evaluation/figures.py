@@ -6,9 +6,7 @@ The notation follows the code, with the paper's beside it where both are shown: 
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
+from cyclegan_fast.atomic import replacing
 from cyclegan_fast.data.photo import open_photo
 from cyclegan_fast.errors import InputError
 from cyclegan_fast.inference.translate import Translator, load
@@ -516,13 +515,9 @@ def _save_figure(figure: Figure, out: Path) -> None:
         raise InputError(
             f"{out}: cannot write a figure of type {kind or '(no suffix)'!r}; use one of {', '.join(allowed)}"
         )
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(temporary, format=kind, dpi=200)
-        temporary.replace(out)
+        with replacing(out) as temporary:
+            figure.savefig(temporary, format=kind, dpi=200)
     except OSError as error:
         raise InputError(f"cannot write the figure {out}: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)

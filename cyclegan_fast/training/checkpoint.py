@@ -39,8 +39,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cyclegan_fast.atomic import replacing
 from cyclegan_fast.errors import InputError
-from cyclegan_fast.training.atomic import replacing
 
 logger = logging.getLogger("cyclegan_fast.checkpoint")
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cyclegan_fast.atomic import replacing
 from cyclegan_fast.config import Config, ConfigError
-from cyclegan_fast.training.atomic import replacing
 
 __all__ = ["begun_by_this_launch", "partitioned", "shares", "sign"]
 

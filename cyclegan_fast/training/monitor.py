@@ -31,6 +31,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cyclegan_fast.atomic import replacing
 from cyclegan_fast.models.cost import Work
 from cyclegan_fast.progress import Bar
 from cyclegan_fast.roofline import Roofline
@@ -323,16 +324,8 @@ def _open_scalars(path: Path, step: int) -> int:
                     kept.append(line)
             except (ValueError, KeyError, TypeError, RecursionError):
                 logger.warning("%s: left out a line that is not a record (a write that was cut off?)", path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(b"".join(line + b"\n" for line in kept))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"".join(line + b"\n" for line in kept))
     return os.open(path, os.O_WRONLY | os.O_APPEND | getattr(os, "O_BINARY", 0))
 
 

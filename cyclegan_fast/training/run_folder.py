@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from cyclegan_fast import distributed
+from cyclegan_fast.atomic import replacing
 from cyclegan_fast.config import Config, ConfigError, to_yaml
 from cyclegan_fast.errors import InputError
 from cyclegan_fast.training import checkpoint as ckpt
 from cyclegan_fast.training import elastic
-from cyclegan_fast.training.atomic import replacing
 from cyclegan_fast.training.lock import run_lock
 
 __all__ = ["RunExistsError", "locked", "prepare", "write_config"]
