@@ -44,11 +44,7 @@ ALLOWED = {
     "training.cyclegan": {"training.losses", "training.step"},
     "training.pix2pix": {"training.losses", "training.step"},
     "training.augmented": {"training.losses", "training.pix2pix", "training.step"},
-<<<<<<< HEAD
     "training.checkpoint": {"atomic", "errors", "tensor_file"},
-=======
-    "training.checkpoint": {"atomic", "errors"},
->>>>>>> networks
     "training.lock": {"errors"},
     "training.monitor": {"atomic", "models.cost", "progress", "roofline"},
     "training.samples": {
@@ -69,20 +65,8 @@ ALLOWED = {
         *(f"training.{name}" for name in ("checkpoint", "experiment", "monitor", "state")),
     },
     "inference": {
-<<<<<<< HEAD
         *("atomic", "config", "data", "device", "errors", "inference", "models", "tensor_file", "training.checkpoint"),
         *("training.ema", "training.latents"),
-=======
-        "atomic",
-        "config",
-        "data",
-        "device",
-        "errors",
-        "inference",
-        "models",
-        "training.checkpoint",
-        "training.ema",
->>>>>>> networks
     },
     "evaluation": {"atomic", "data.photo", "errors", "evaluation", "inference.translate", "training.checkpoint"},
     "roofline": {"atomic", "data.store", "machine"},
