@@ -415,7 +415,7 @@ def _write(file: Path, state: dict[str, Tensor]) -> None:
             torch.save(OrderedDict(state), temporary)
             return
         try:
-            from safetensors.torch import save_file
+            from safetensors.torch import save
         except ImportError:
             raise WeightsError(_MISSING) from None
-        save_file(state, temporary, metadata={"format": "pt"})
+        temporary.write_bytes(save(state, metadata={"format": "pt"}))  # its own save_file leaves it to the owner alone

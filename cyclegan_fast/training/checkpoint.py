@@ -88,7 +88,9 @@ def read_checkpoint(path: str | Path, *, map_location: str | torch.device = "cpu
     except (OSError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile, struct.error) as error:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from error
     missing = [
-        key for key in (*_REQUIRED, *_generators(content)) if not isinstance(content, dict) or key not in content
+        key
+        for key in (*_REQUIRED[:2], *_generators(content), *_REQUIRED[2:])
+        if not isinstance(content, dict) or key not in content
     ]
     if missing:
         raise CheckpointError(f"{path} is not a cyclegan_fast checkpoint: it lacks {', '.join(missing)}")
