@@ -15,6 +15,7 @@ import pickletools
 import stat
 import struct
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -340,12 +341,18 @@ def _built(instructions: IO[bytes]) -> tuple[Any, dict[str, _Storage]]:
     Nothing is imported or called. The instructions are read up to the one that ends them.
     """
     machine = _Machine()
+    with warnings.catch_warnings():  # of texts with odd escapes, in instructions that are refused next
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return _run(machine, instructions), machine.storages
+
+
+def _run(machine: _Machine, instructions: IO[bytes]) -> Any:
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(instructions)):
             if count > _INSTRUCTIONS:
                 raise Refused(f"takes more than {_INSTRUCTIONS} instructions to build")
             if opcode.name == "STOP":
-                return machine.stack.pop(), machine.storages
+                return machine.stack.pop()
             machine.take(opcode.name, argument)
     except (ValueError, IndexError, KeyError, TypeError, struct.error) as error:
         raise Refused(f"is damaged: {str(error)[:200]}") from None
