@@ -74,7 +74,7 @@ def select(content: Mapping[str, Any], weights: str, file: Path) -> dict[str, An
     """
     if weights not in WEIGHTS:
         raise InputError(f"weights {weights!r} is not one of {', '.join(WEIGHTS)}")
-    names = [name for name in content if name.endswith(SUFFIX)]
+    names = [name for name in (f"G_A{SUFFIX}", f"G_B{SUFFIX}") if name in content]
     if weights == "ema" and not names:
         raise CheckpointError(f"{file} holds no averaged weights, which training.ema keeps: use --weights raw")
     chosen = {name: value for name, value in content.items() if name not in names}

@@ -10,6 +10,7 @@ import torch
 from test_trainer import assert_same_state, losses
 from torch import nn
 
+from cyclegan_fast.cli import main
 from cyclegan_fast.config import Config
 from cyclegan_fast.errors import InputError
 from cyclegan_fast.inference.translate import load
@@ -89,12 +90,18 @@ def test_processes_compare_their_averages(tiny: Tiny) -> None:
     assert len(parts["D_A"]) > len(list(trainer.modules["D_A"].parameters())), "no vectors of the spectral norms"
 
 
-def test_which_weights_a_translator_takes(tiny: Tiny) -> None:
+def test_which_weights_a_translator_takes(tiny: Tiny, dataset: Path, tmp_path: Path) -> None:
     run = train(tiny("run", "training.steps=3", "training.ema=0.9"))
     saved = content(run)
     for weights, name in (("auto", "G_A_ema"), ("ema", "G_A_ema"), ("raw", "G_A")):
         G_A = load(run, device="cpu", weights=weights).G_A
         assert all(torch.equal(value, saved[name][key]) for key, value in G_A.state_dict().items()), weights
+    translated = []
+    for weights in ("ema", "raw"):
+        options = ["-o", str(tmp_path / weights), "--device", "cpu", "--weights", weights]
+        assert main(["translate", str(run), str(dataset / "testA" / "000.png"), *options]) == 0
+        translated.append((tmp_path / weights / "000.png").read_bytes())
+    assert translated[0] != translated[1]
     with pytest.raises(InputError, match="weights 'mean' is not one of auto, ema, raw"):
         load(run, device="cpu", weights="mean")
 
