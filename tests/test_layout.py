@@ -54,7 +54,9 @@ ALLOWED = {
         *("data.loader", "distributed"),
         *(f"training.{name}" for name in ("checkpoint", "experiment", "monitor", "state")),
     },
-    "inference": {"atomic", "config", "data", "device", "errors", "inference", "models", "training.checkpoint"},
+    "inference": {
+        *("atomic", "config", "data", "device", "errors", "inference", "machine", "models", "training.checkpoint"),
+    },
     "evaluation": {"atomic", "data.photo", "errors", "evaluation", "inference.translate", "training.checkpoint"},
     "roofline": {"atomic", "data.store", "machine"},
     "doctor": {"data.store", "device", "machine", "ops", "roofline", "version"},

@@ -27,9 +27,14 @@ MAX_PROFILE = 16_000_000
 _BAND_PIXELS = 1_000_000  # converted at a time: the numbers take ten times the room of the pixels
 _STEPS = 1 << 18  # of the tables that encode light; over its square root, which keeps them exact in the dark
 
-# Linear sRGB to XYZ under D50, by Bradford's adaptation (IEC 61966-2-1, ICC.1:2022 annex E).
+# Linear sRGB to XYZ under D50: the primaries and the white of IEC 61966-2-1, by Bradford's adaptation (ICC.1:2022,
+# annex E), as Little CMS has it.
 _SRGB_TO_XYZ = np.array(
-    [[0.4360747, 0.3850649, 0.1430804], [0.2225045, 0.7168786, 0.0606169], [0.0139322, 0.0971045, 0.7141733]]
+    [
+        [0.436041252, 0.385112911, 0.143045838],
+        [0.222484540, 0.716905079, 0.060610381],
+        [0.013920187, 0.097067239, 0.713912574],
+    ]
 )
 
 
@@ -149,8 +154,9 @@ def _srgb_light() -> npt.NDArray[np.float32]:
 def _encoder(light: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
     """The inverse of a curve: the 16-bit sample at every step of the square root of light, uint16 [_STEPS]."""
     root = np.linspace(0, 1, _STEPS)
-    samples: npt.NDArray[Any] = np.rint(np.interp(root * root, light, np.arange(65536)))
-    return samples.astype(np.uint16)
+    samples = np.interp(root * root, light, np.arange(65536))
+    encoded: npt.NDArray[np.uint16] = np.rint(samples).astype(np.uint16)
+    return encoded
 
 
 def _converted(
@@ -178,7 +184,9 @@ def _converted(
 
 def to_16_bits(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint16]:
     """255 becomes 65535: exact, and undone by `to_8_bits`."""
-    return pixels.astype(np.uint16) * np.uint16(257)
+    result: npt.NDArray[np.uint16] = pixels.astype(np.uint16)
+    result *= 257
+    return result
 
 
 def to_8_bits(pixels: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint8]:

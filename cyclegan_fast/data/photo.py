@@ -64,6 +64,7 @@ __all__ = [
     "Photo",
     "PhotoError",
     "Pixels",
+    "format_to_write",
     "open_original",
     "open_photo",
     "read_header",
@@ -284,7 +285,7 @@ def save_photo(
     if chroma not in (None, "420", "422", "444"):
         raise ValueError(f"chroma = {chroma!r} is not allowed: 420, 422 or 444")
     path = Path(path)
-    file_format = _format_to_write(path, chroma, lossless, bits)
+    file_format = format_to_write(path, chroma, lossless, bits)
     pixels = _as_pixels(image)
     height, width = pixels.shape[:2]
     try:
@@ -596,7 +597,7 @@ def _turned(pixels: Pixels, orientation: int) -> Pixels:
     return np.ascontiguousarray(pixels[::rows, ::columns])
 
 
-def _format_to_write(path: Path, chroma: str | None, lossless: bool, bits: int | None) -> str:
+def format_to_write(path: Path, chroma: str | None = None, lossless: bool = False, bits: int | None = None) -> str:
     """The format that the suffix names. Raises PhotoError when there is none, or it does not hold what is asked."""
     file_format = _SAVED_AS.get(path.suffix.lower())
     if file_format is None:
@@ -724,7 +725,7 @@ def _metadata_for(path: Path, file_format: str, like: Photo | Original | None, i
             if len(block) > _JPEG_LIMITS[name]:
                 logger.warning("%s: the %s of %s (%d bytes) is too long for JPEG", path, name, like.path, len(block))
                 blocks[name] = b""
-    return _Metadata(*blocks.values(), icc or b"")
+    return _Metadata(blocks["EXIF block"], blocks["XMP packet"], blocks["IPTC block"], icc or b"")
 
 
 def _encode(
@@ -742,6 +743,8 @@ def _encode(
     icc, cmyk = metadata.icc, metadata.icc[16:20] == b"CMYK"
     if file_format == "TIFF":
         tags = _exif_tags(metadata.exif, path)
+        if pixels.dtype == np.uint16 and pixels.shape[2:] == (2,):  # which Pillow, and so we, cannot read again
+            pixels = pixels[..., [0, 0, 0, 1]]
         return deep.tiff(pixels, tags=tags, xmp=metadata.xmp, iptc=metadata.iptc, icc=icc, cmyk=cmyk)
     if pixels.dtype == np.uint16:
         return deep.png(pixels, exif=metadata.exif.removeprefix(meta.EXIF_HEADER), xmp=metadata.xmp, icc=icc)

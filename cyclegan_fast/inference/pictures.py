@@ -83,18 +83,15 @@ def _pixels_to_batch(pixels: Pixels, channels: int) -> Tensor:
 
 
 def _to_pixels(output: Tensor, top: int, truncate: bool) -> Pixels:
-    """[1, C, H, W] float32 in [-1, 1] to 0 ... top, uint8 (255) or uint16 (65535): [H, W, C], or [H, W] for one channel.
+    """[1, C, H, W] float32 in [-1, 1] to 0 ... top: uint8 for 255, else uint16; [H, W, C], or [H, W] for one channel.
 
     Rounded unless ``truncate``.
     """
     scaled = output[0].permute(1, 2, 0).add(1).div_(2).mul_(top)
     scaled = (scaled if truncate else scaled.round_()).clamp_(0, top)
-    pixels: Pixels
-    if top == 255:
-        pixels = scaled.to(torch.uint8).cpu().numpy()
-    else:
-        pixels = scaled.cpu().numpy().astype(np.uint16)
-    return pixels[:, :, 0] if pixels.shape[2] == 1 else pixels
+    pixels: Any = scaled.to(torch.uint8).cpu().numpy() if top == 255 else scaled.cpu().numpy().astype(np.uint16)
+    flat: Pixels = pixels[:, :, 0] if pixels.shape[2] == 1 else pixels
+    return flat
 
 
 def _like_array(pixels: Pixels, flat: bool) -> Pixels:
