@@ -11,7 +11,9 @@ from __future__ import annotations
 import io
 import logging
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ _SRGB_TO_XYZ = np.array(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Curves:
     """A profile of a matrix and curves, or of one gray curve.
 
@@ -52,15 +54,18 @@ class Curves:
     def to_srgb(self, pixels: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint16]:
         """uint16 [H, W, 3], or [H, W] for gray, in this profile to the same in sRGB; colours outside are clipped."""
         matrix = None if self.matrix is None else np.linalg.inv(_SRGB_TO_XYZ) @ self.matrix
-        srgb = _srgb_light()
-        return _converted(pixels, self.light, matrix, np.stack([_encoder(srgb)] * len(self.light)))
+        return _converted(pixels, self.light, matrix, [_srgb_encoder()] * len(self.light))
 
     def from_srgb(self, pixels: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint16]:
         """The way back from sRGB, of the same shapes."""
         matrix = None if self.matrix is None else np.linalg.inv(self.matrix) @ _SRGB_TO_XYZ
-        srgb = _srgb_light()
-        return _converted(pixels, np.stack([srgb] * len(self.light)), matrix, np.stack(list(map(_encoder, self.light))))
+        return _converted(pixels, [_srgb_light()] * len(self.light), matrix, self._encoders)
 
+    @cached_property
+    def _encoders(self) -> list[npt.NDArray[np.uint16]]:
+        return [_encoder(curve) for curve in self.light]
+
+    @cached_property
     def is_srgb(self) -> bool:
         """Whether it is sRGB to within one level of 8 bits, as `to_srgb` of 8-bit pixels has it."""
         steps = np.arange(0, 65536, 17 * 257, dtype=np.uint16)
@@ -71,6 +76,7 @@ class Curves:
         return bool(np.abs(self.to_srgb(grid).astype(np.int32) - grid).max() <= 257)
 
 
+@lru_cache(maxsize=8)  # a folder's pictures have one profile, or two
 def curves_of(profile: bytes) -> Curves | None:
     """A profile's matrix and curves; None for one with tables of colours, of another space, or that is malformed."""
     try:
@@ -145,10 +151,16 @@ def _parametric(tag: bytes, x: npt.NDArray[np.float64]) -> npt.NDArray[np.float6
     return np.where(x >= p["d"], above, p["c"] * x + p["f"])
 
 
+@lru_cache(maxsize=1)
 def _srgb_light() -> npt.NDArray[np.float32]:
     """IEC 61966-2-1 for every 16-bit sample, float32 [65536]."""
     x = np.linspace(0, 1, 65536)
     return np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4).astype(np.float32)
+
+
+@lru_cache(maxsize=1)
+def _srgb_encoder() -> npt.NDArray[np.uint16]:
+    return _encoder(_srgb_light())
 
 
 def _encoder(light: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
@@ -161,9 +173,9 @@ def _encoder(light: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
 
 def _converted(
     pixels: npt.NDArray[np.uint16],
-    light: npt.NDArray[np.float32],
+    light: Iterable[npt.NDArray[np.float32]],
     matrix: npt.NDArray[np.float64] | None,
-    encoders: npt.NDArray[np.uint16],
+    encoders: Iterable[npt.NDArray[np.uint16]],
 ) -> npt.NDArray[np.uint16]:
     """Samples to light, through the matrix, and to samples again, a band of rows at a time."""
     result = np.empty_like(pixels)
