@@ -6,8 +6,8 @@ Adobe RGB or CMYK (ICC profile), gray has 16 bits, PNGs have alpha and palettes.
 profile, alpha, gray. A picture is saved so that nothing is left half-written and the camera's metadata stays with it. A
 file that cannot be used raises PhotoError and nothing else, so that one bad file among thousands is a line in a list.
 
-Files are told apart by their first bytes, never by their names. The functions hold no state (but a cache of parsed profiles) and may run in any number
-of threads and processes at once.
+Files are told apart by their first bytes, never by their names. The functions hold no state, but for parsed profiles, and
+may run in any number of threads and processes at once.
 
 Limits, known and accepted:
 * ``open_photo`` takes of 16-bit colour the high byte of each sample: exact for what was 8 bit once, otherwise at most

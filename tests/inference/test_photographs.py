@@ -31,8 +31,10 @@ from photo_files import (
     tiff_samples,
 )
 from PIL import Image, ImageOps
+from tiny_models import save_run
 from torch import nn
 
+from cyclegan_fast.cli import main
 from cyclegan_fast.data.photo import PhotoError, open_original, open_photo
 from cyclegan_fast.errors import InputError
 from cyclegan_fast.inference import files as module
@@ -466,3 +468,28 @@ def test_ctrl_c_leaves_whole_files_only(tmp_path: Path) -> None:
     for path in written:
         assert path.suffix == ".png"
         assert open_original(path).pixels.shape == (400, 300, 3)
+
+
+def test_the_command_has_every_choice(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Each flag changes the file: depth and profile of a TIFF, chroma of a JPEG, a lossless WebP, gray, times."""
+    run_folder = str(save_run(tmp_path / "run"))
+    source, gray = tmp_path / "a.png", tmp_path / "gray.png"
+    source.write_bytes(encoded(P3, "PNG", icc_profile=rgb_profile("p3")))
+    gray.write_bytes(encoded(GRAY, "PNG"))
+    os.utime(source, ns=(10**18, 9 * 10**17))
+
+    def translated(name: str, *flags: str, path: Path = source) -> Path:
+        out = tmp_path / name
+        assert main(["translate", run_folder, str(path), "-o", str(out), "--precision", "fp32", *flags]) == 0
+        return next(out.iterdir())
+
+    deep = open_original(translated("t", "--format", "tif", "--depth", "16", "--profile", "original", "--keep-times"))
+    assert (deep.bits, deep.icc_profile, deep.times[1]) == (16, rgb_profile("p3"), 9 * 10**17)
+    with Image.open(translated("j", "--format", "jpg", "--chroma", "422", "--quality", "80")) as image:
+        assert image.layer[0][1:3] == (2, 1)  # type: ignore[attr-defined]
+    plain, lossless = translated("p"), translated("w", "--format", "webp", "--lossless")
+    assert np.array_equal(open_original(lossless).pixels, open_original(plain).pixels)
+    assert open_original(translated("h", "--format", "heic")).format == "HEIF"
+    assert open_original(translated("g", path=gray)).gray
+    assert "1 gray pictures were kept gray" in capfd.readouterr().err
+    assert not open_original(translated("m", "--gray", "model", path=gray)).gray
