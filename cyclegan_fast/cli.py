@@ -124,6 +124,12 @@ def _add_translate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         default="latest",
         help="checkpoint of a run: latest, best or epoch-N; of weights: latest, N or iter_N",
     )
+    translate.add_argument(
+        "--weights",
+        choices=("auto", "ema", "raw"),
+        default="auto",
+        help="averaged weights (see training.ema) or those of the last step; default: averaged if there are any",
+    )
     _add_execution_options(translate)
     translate.set_defaults(run=_translate)
 
@@ -189,6 +195,9 @@ def _add_weights(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     exported.add_argument("--label", default="latest", help="epoch to call them: latest, N or iter_N (default latest)")
     exported.add_argument("--format", choices=("pth", "safetensors"), default="pth")
     exported.add_argument("--direction", choices=("AtoB", "BtoA"), help="this generator only, as LABEL_net_G.pth")
+    exported.add_argument(
+        "--weights", choices=("auto", "ema", "raw"), default="auto", help="averaged weights if there are any, or not"
+    )
     exported.add_argument("--overwrite", action="store_true", help="replace files that exist")
     show = kinds.add_parser("show", help="say what was recognised, and the settings of such networks")
     show.add_argument("source", metavar="SOURCE")
@@ -262,7 +271,11 @@ def _translate(arguments: argparse.Namespace) -> int:
     from cyclegan_fast.inference.translate import load
 
     translator = load(
-        arguments.checkpoint, which=arguments.which, device=arguments.device, precision=arguments.precision
+        arguments.checkpoint,
+        which=arguments.which,
+        device=arguments.device,
+        precision=arguments.precision,
+        weights=arguments.weights,
     )
     result = translate_files(
         translator if arguments.seed is None else translator.styled(arguments.seed),
@@ -380,6 +393,7 @@ def _weights_export(arguments: argparse.Namespace) -> int:
         label=arguments.label,
         file_format=arguments.format,
         direction=arguments.direction,
+        weights=arguments.weights,
         overwrite=arguments.overwrite,
     )
     for file in files:

@@ -196,6 +196,11 @@ class ModelConfig:
         "patch", "`patch`: PatchGAN, 70x70 with 3 layers; `pixel`: 1x1 convolutions only", choices=("patch", "pixel")
     )
     discriminator_layers: int = _option(3, "stride-2 layers of the patch discriminator, count", low=1, high=8)
+    spectral_norm: bool = _option(
+        False,
+        "the discriminators' weights divided by their largest singular value, by one power iteration a step "
+        "(docs/options.md)",
+    )
     init_gain: float = _option(0.02, "standard deviation of the normal initialisation of the weights", above=0)
     init_from: str | None = _option(
         None,
@@ -266,6 +271,13 @@ class TrainingConfig:
     beta1: float = _option(0.5, "Adam's decay of the first moment", low=0, high=0.999999)
     beta2: float = _option(0.999, "Adam's decay of the second moment", low=0, high=0.999999)
     adam_eps: float = _option(1e-8, "Adam's epsilon", above=0)
+    ema: float = _option(
+        0.0,
+        "keep averages of the generators' weights, whose decay a step this is, 0.999 say, and use them for samples, "
+        "`best` and translation; they change nothing in training. 0: none",
+        low=0,
+        high=0.999999,
+    )
     pool_size: int = _option(
         50, "generated pictures kept a domain for the discriminators; 0: none", low=0, high=1_000_000
     )

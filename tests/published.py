@@ -73,7 +73,6 @@ class Skip(nn.Module):
 def unet(a: int, b: int, ngf: int, downs: int, norm: str = "instance", dropout: bool = False) -> nn.Module:
     bias, make = norm != "batch", NORMS[norm]
     halve = {"kernel_size": 4, "stride": 2, "padding": 1}
-    drop = [nn.Dropout(0.5)] if dropout else []
     wide = 8 * ngf
     level = Skip(
         nn.Sequential(
@@ -81,12 +80,17 @@ def unet(a: int, b: int, ngf: int, downs: int, norm: str = "instance", dropout: 
             *(nn.ReLU(inplace=True), nn.ConvTranspose2d(wide, wide, bias=bias, **halve), make(wide)),
         )
     )
-    outers = [(wide, wide, drop)] * (downs - 5) + [(4 * ngf, wide, []), (2 * ngf, 4 * ngf, []), (ngf, 2 * ngf, [])]
-    for outer, inner, after in outers:
+    outers = [(wide, wide, dropout)] * (downs - 5) + [
+        (4 * ngf, wide, False),
+        (2 * ngf, 4 * ngf, False),
+        (ngf, 2 * ngf, False),
+    ]
+    for outer, inner, drop in outers:
         level = Skip(
             nn.Sequential(
                 *(nn.LeakyReLU(0.2, inplace=True), nn.Conv2d(outer, inner, bias=bias, **halve), make(inner), level),
-                *(nn.ReLU(inplace=True), nn.ConvTranspose2d(2 * inner, outer, bias=bias, **halve), make(outer), *after),
+                *(nn.ReLU(inplace=True), nn.ConvTranspose2d(2 * inner, outer, bias=bias, **halve), make(outer)),
+                *([nn.Dropout(0.5)] if drop else []),
             )
         )
     last = nn.ConvTranspose2d(2 * ngf, b, **halve)

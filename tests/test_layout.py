@@ -35,6 +35,7 @@ ALLOWED = {
     "models": {"config", "models"},
     "models.fused": {"models", "ops"},
     "training.elastic": {"atomic", "config"},
+    "training.ema": {"errors", "training.checkpoint"},
     "training.losses": set(),
     "training.schedule": set(),
     "training.image_pool": {"ops.image_pool"},
@@ -58,14 +59,14 @@ ALLOWED = {
         *(f"training.{name}" for name in ("checkpoint", "elastic", "lock")),
     },
     "training.experiment": {"config", "data.loader", "training.checkpoint"},
-    "training.state": {"training.checkpoint", "training.image_pool", "training.step"},
+    "training.state": {"training.checkpoint", "training.ema", "training.image_pool", "training.step"},
     "training.health": {
         *("data.loader", "distributed"),
         *(f"training.{name}" for name in ("checkpoint", "experiment", "monitor", "state")),
     },
     "inference": {
         *("atomic", "config", "data", "device", "errors", "inference", "models", "tensor_file", "training.checkpoint"),
-        "training.latents",
+        *("training.ema", "training.latents"),
     },
     "evaluation": {"atomic", "data.photo", "errors", "evaluation", "inference.translate", "training.checkpoint"},
     "roofline": {"atomic", "data.store", "machine"},
@@ -79,7 +80,7 @@ ALLOWED = {
     "training.trainer": {
         *("config", "data.loader", "device", "distributed", "errors", "evaluation.figures", "models", "version"),
         "inference.weights",  # a run that starts from weights of others
-        *(f"training.{name}" for name in ("build", "checkpoint", "elastic", "experiment", "graph", "health")),
+        *(f"training.{name}" for name in ("build", "checkpoint", "elastic", "ema", "experiment", "graph", "health")),
         *(f"training.{name}" for name in ("image_pool", "monitor", "process", "replicas", "run_folder")),
         *("roofline", "training.latents", "training.schedule", "training.state", "training.step"),
     },
@@ -143,7 +144,7 @@ def test_the_rule_would_see_a_wrong_import(tmp_path: Path) -> None:
 def test_public_names() -> None:
     assert set(cyclegan_fast.__all__) == {
         *("Config", "ConfigError", "InputError", "PatchDiscriminator", "PixelDiscriminator", "ResnetGenerator"),
-        *("Translator", "__version__", "load", "load_config", "ops", "train"),
+        *("Translator", "UnetGenerator", "__version__", "load", "load_config", "ops", "train"),
     }
     for name in cyclegan_fast.__all__:
         assert getattr(cyclegan_fast, name) is not None

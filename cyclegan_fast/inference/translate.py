@@ -20,6 +20,7 @@ from cyclegan_fast.inference.weights import AbsentGenerator, absent_generator, i
 from cyclegan_fast.models import build_augmented, build_generators
 from cyclegan_fast.models.augmented import StyledGenerator
 from cyclegan_fast.training.checkpoint import CheckpointError, find_checkpoint, read_checkpoint
+from cyclegan_fast.training.ema import select
 from cyclegan_fast.training.latents import latent_draws
 
 __all__ = ["DIRECTIONS", "TranslationError", "Translator", "load"]
@@ -64,21 +65,29 @@ class Translator:
 
     @classmethod
     def from_checkpoint(
-        cls, path: str | Path, which: str = "latest", device: str = "auto", precision: str = "auto"
+        cls,
+        path: str | Path,
+        which: str = "latest",
+        device: str = "auto",
+        precision: str = "auto",
+        weights: str = "auto",
     ) -> Translator:
         """The generators of a checkpoint file, or of a run folder's ``latest``, ``best`` or ``epoch-N`` checkpoint.
 
         Or of the de-facto implementation's: a weights file, or a folder of them at epoch ``latest``, ``N`` or
         ``iter_N`` (see ``inference.weights``). Raises CheckpointError or WeightsError when it is missing, damaged, or
         its weights and its configuration do not belong together.
+
+        weights: ``ema``, the averages that `training.ema` keeps, ``raw``, the weights of the last step, or ``auto``,
+        the averages if the checkpoint has any.
         """
         if is_weights(path):
-            weights = read_weights(path, which, networks=("G_A", "G_B"))
-            G_A, G_B = weights.generators()
-            A, B = weights.model.channels_A, weights.model.channels_B
+            theirs = read_weights(path, which, networks=("G_A", "G_B"))
+            G_A, G_B = theirs.generators()
+            A, B = theirs.model.channels_A, theirs.model.channels_B
             return cls(G_A, G_B, channels_A=A, channels_B=B, device=device, precision=precision)
         file = find_checkpoint(Path(path), which)
-        content = read_checkpoint(file)
+        content = select(read_checkpoint(file), weights, file)
         try:
             model = from_dict(upgraded(content["config"])).model
         except ConfigError as error:
@@ -266,6 +275,13 @@ def _code(generator: StyledGenerator, seed: int, domain: int) -> Tensor:
     return torch.from_numpy(code).to(generator.style.weight)
 
 
-def load(path: str | Path, *, which: str = "latest", device: str = "auto", precision: str = "auto") -> Translator:
+def load(
+    path: str | Path,
+    *,
+    which: str = "latest",
+    device: str = "auto",
+    precision: str = "auto",
+    weights: str = "auto",
+) -> Translator:
     """The translator of a run folder, a checkpoint file or de-facto weights; see ``Translator.from_checkpoint``."""
-    return Translator.from_checkpoint(path, which, device, precision)
+    return Translator.from_checkpoint(path, which, device, precision, weights)

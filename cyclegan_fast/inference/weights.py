@@ -39,6 +39,7 @@ from cyclegan_fast.training.checkpoint import (
     step_path,
     write_checkpoint,
 )
+from cyclegan_fast.training.ema import select
 
 __all__ = [
     "NETWORKS",
@@ -96,7 +97,12 @@ class Weights:
     """The format of each network's file."""
 
     def generators(self) -> tuple[nn.Module, nn.Module]:
-        """(G_A, G_B) with their weights; an `AbsentGenerator` for one that is not there."""
+        """(G_A, G_B) with their weights; an `AbsentGenerator` for one that is not there.
+
+        Raises WeightsError if there is neither.
+        """
+        if not self.networks.keys() & {"G_A", "G_B"}:
+            raise WeightsError(f"{self.source} has no generator: there is nothing to translate with")
         made: list[nn.Module] = []
         for name in ("G_A", "G_B"):
             if name not in self.networks:
@@ -152,8 +158,7 @@ def import_weights(source: str | Path, out: str | Path, which: str = "latest") -
     file = out if out.suffix == ".ckpt" else step_path(run, 0)
     if file.exists() or (file != out and checkpoint_dir(run).is_dir() and any(checkpoint_dir(run).iterdir())):
         raise WeightsError(f"{out} is there already: choose another name")
-    if not any(name in weights.networks for name in ("G_A", "G_B")):
-        raise WeightsError(f"{source} has no generator: there is nothing to translate with")
+    weights.generators()  # or there is nothing to translate with
     config = _run_config(weights, run)
     networks = {name: dict(one.weights) for name, one in weights.networks.items()}
     position = {"step": 0, "epoch": 0.0}
@@ -172,23 +177,23 @@ def export_weights(
     label: str = "latest",
     file_format: str = "pth",
     direction: str | None = None,
+    weights: str = "auto",
     overwrite: bool = False,
 ) -> list[Path]:
     """Write a model's networks as the de-facto implementation's files, ``<label>_net_<network>.pth``, into a folder.
 
     ``source`` is a run, a checkpoint or de-facto weights; file_format ``pth`` or ``safetensors``. A model of one
     direction is written as ``<label>_net_G.pth``, which ``--model test`` reads, and so is, where it is given, the
-    generator of ``direction``. Files appear whole or not at all.
+    generator of ``direction``. ``weights`` chooses averages or not, as in ``load``. Files appear whole or not at all.
     Raises WeightsError when a network is none that the de-facto implementation has, CheckpointError.
     """
     if not _LABEL.fullmatch(label):
         raise WeightsError(f"label {label!r} is not one of latest, N, iter_N, which the de-facto implementation reads")
-    states = {name: _exported(source, name, one) for name, one in _any_networks(source, which).items()}
-    if direction is not None:
-        name = "G_A" if direction == "AtoB" else "G_B"
-        if name not in states:
-            raise WeightsError(f"{source} has no {name}, which translates {direction}")
-        states = {name: states[name]}
+    wanted = NETWORKS if direction is None else ("G_A",) if direction == "AtoB" else ("G_B",)
+    networks = _any_networks(source, which, weights, wanted)
+    if not networks:
+        raise WeightsError(f"{source} has no {wanted[0]}, which translates {direction}")
+    states = {name: _exported(source, name, one) for name, one in networks.items()}
     if not states.keys() >= {"G_A", "G_B"}:  # of one direction, and called so
         states = {name[0]: state for name, state in states.items()}
     files = {name: Path(out) / f"{label}_net_{name}.{file_format}" for name in states}
@@ -359,26 +364,34 @@ def _run_config(weights: Weights, run: Path) -> Config:
         raise WeightsError(f"{weights.source} cannot be a run, though it can be used directly: {error}") from error
 
 
-def _any_networks(source: str | Path, which: str) -> dict[str, Recognised]:
-    """The networks of a run, a checkpoint or de-facto weights. Raises WeightsError, CheckpointError."""
+def _any_networks(source: str | Path, which: str, weights: str, wanted: tuple[str, ...]) -> dict[str, Recognised]:
+    """Those wanted of the networks of a run, a checkpoint or de-facto weights. Raises WeightsError, CheckpointError."""
     if is_weights(source):
-        return read_weights(source, which).networks
-    file, content = _checkpoint(source, which)
+        found = read_weights(source, which, wanted).networks
+        return {name: found[name] for name in wanted if name in found}
+    file, content = _checkpoint(source, which, weights)
     model = _saved_model(file, content)
     if model.preset != "original":
         raise WeightsError(
             f"{file} has the networks of preset {model.preset!r}, whose paddings and norms the de-facto implementation "
             "does not have: there is no file that it would read"
         )
-    try:
-        return {name: recognise(content[name]) for name in NETWORKS if name in content}
-    except MisfitError as error:
-        raise WeightsError(f"{file}: the de-facto implementation has no such network: {error}") from error
+    found = {}
+    for name in wanted:
+        try:
+            if name in content:
+                found[name] = recognise(content[name])
+        except MisfitError as error:
+            hint = "; --direction exports one generator alone" * name.startswith("D")
+            what = f"{file}: the de-facto implementation has no such {name}: {error}{hint}"
+            raise WeightsError(what) from error
+    return found
 
 
-def _checkpoint(source: str | Path, which: str) -> tuple[Path, dict[str, Any]]:
+def _checkpoint(source: str | Path, which: str, weights: str = "auto") -> tuple[Path, dict[str, Any]]:
+    """A checkpoint's file and content, with averaged weights as ``G_A`` and ``G_B`` if they are asked for."""
     file = find_checkpoint(source, which)
-    return file, read_checkpoint(file)
+    return file, select(read_checkpoint(file), weights, file)
 
 
 def _saved_model(file: Path, content: dict[str, Any]) -> ModelConfig:

@@ -12,7 +12,8 @@ that must cross the device's memory at a level of fusion, every tensor once for 
     iii   normalise, activation and reflection while the next convolution loads: nothing but convolutions is left
 
 What is left out, a per cent or less: losses, image pools, dropout's masks, the cropping of sizes that are no multiple
-of 4, the norms' statistics themselves, and the second derivative that the gradient penalty of wgangp takes.
+of 4, the norms' statistics themselves, spectral norms of weights, averaged weights, and the second derivative that the
+gradient penalty of wgangp takes.
 Weights and the optimisers count separately (`weights`, `optimiser`), since they do not grow with the pictures.
 """
 

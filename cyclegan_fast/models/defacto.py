@@ -31,7 +31,9 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _BLOCK = re.compile(r"model\.(\d{1,6})\.conv_block\.(\d)\.weight")
 _FIRST_BLOCK = 10
 _PIXEL_BIAS = "net.5.bias"  # the pixel discriminator has it, but not with --norm batch
+_MOST_BLOCKS = 1000
 _LEAST_DOWNS, _MOST_DOWNS = 5, 10  # of a U-Net
+_MOST_LAYERS = 8  # of a PatchGAN
 
 
 class MisfitError(ValueError):
@@ -168,6 +170,8 @@ def _inferred(state: Mapping[str, Tensor]) -> Architecture:
 
 def _resnet(state: Mapping[str, Tensor]) -> Architecture:
     blocks = sorted({int(match[1]) for key in state if (match := _BLOCK.match(key))})
+    if len(blocks) > _MOST_BLOCKS:
+        raise MisfitError(f"it has {len(blocks)} residual blocks; at most {_MOST_BLOCKS} are read")
     if blocks != list(range(_FIRST_BLOCK, _FIRST_BLOCK + len(blocks))):
         raise MisfitError(
             f"its {len(blocks)} residual blocks are model.{blocks[0]} to model.{blocks[-1]}; the layout has them one "
@@ -199,8 +203,8 @@ def _unet(state: Mapping[str, Tensor]) -> Architecture:
 def _patch(state: Mapping[str, Tensor]) -> Architecture:
     first = _shape(state, "model.0.weight")
     layers = sum(value.dim() == 4 for value in state.values()) - 2
-    if layers < 1:
-        raise MisfitError(f"it has {layers + 2} convolutions; a PatchGAN discriminator has 3 or more")
+    if not 1 <= layers <= _MOST_LAYERS:
+        raise MisfitError(f"it has {layers + 2} convolutions; a PatchGAN discriminator has 3 to {_MOST_LAYERS + 2}")
     norm = state.get("model.3.weight")
     return Architecture("patch", first[1], 1, first[0], layers, affine=norm is not None and norm.dim() == 1)
 

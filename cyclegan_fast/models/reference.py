@@ -13,8 +13,17 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-__all__ = ["InstanceNorm", "PatchDiscriminator", "PixelDiscriminator", "ResnetBlock", "ResnetGenerator"]
+__all__ = [
+    "InstanceNorm",
+    "PatchDiscriminator",
+    "PixelDiscriminator",
+    "ResnetBlock",
+    "ResnetGenerator",
+    "SpectralNorm",
+    "power_iteration",
+]
 
 
 @dataclass(frozen=True)
@@ -167,6 +176,45 @@ class ResizeConv2d(nn.Conv2d):
         return F.interpolate(x, scale_factor=2, mode="nearest")
 
 
+class SpectralNorm(nn.Module):
+    """Weights divided by their largest singular value (Miyato et al. 2018, arXiv:1802.05957): a parametrization.
+
+    weight [K, ...] counts as a matrix [K, n]. Its largest singular value is u' W v, where the unit vectors u [K] and
+    v [n] are constants for the gradient (eq. 12 of the paper) and follow the weights by `power_iteration`. Unlike in
+    `torch.nn.utils.parametrizations.spectral_norm`, whose state-dict keys these are, running a network changes
+    nothing: all passes of a training step, however many there are, see the same weights.
+    """
+
+    _u: Tensor
+    _v: Tensor
+
+    def __init__(self, weight: Tensor, *, iterations: int = 15) -> None:
+        super().__init__()
+        matrix = weight.detach().flatten(1)
+        self.register_buffer("_u", F.normalize(torch.randn_like(matrix[:, 0]), dim=0))
+        self.register_buffer("_v", F.normalize(torch.randn_like(matrix[0]), dim=0))
+        for _ in range(iterations):
+            self.iterate(weight)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        # Products and a sum, which autocast leaves in the weights' float32.
+        return weight / (self._u[:, None] * weight.flatten(1) * self._v).sum()
+
+    @torch.no_grad()
+    def iterate(self, weight: Tensor) -> None:
+        """One step of the power iteration, in place (algorithm 1 of the paper)."""
+        matrix = weight.flatten(1)
+        self._v.copy_(F.normalize(matrix.T @ self._u, dim=0))
+        self._u.copy_(F.normalize(matrix @ self._v, dim=0))
+
+
+def power_iteration(network: nn.Module) -> None:
+    """One step for each weight under `SpectralNorm`; training does it after each step of the optimiser."""
+    for module in network.modules():
+        if isinstance(module, parametrize.ParametrizationList) and isinstance(module[0], SpectralNorm):
+            module[0].iterate(module.original)
+
+
 class ResnetBlock(nn.Module):
     """x + norm(conv(pad(drop(relu(norm(conv(pad(x)))))))), without an activation after the sum. [N, C, H, W]."""
 
@@ -264,8 +312,9 @@ class PatchDiscriminator(nn.Module):
 
     x: [N, in_channels, H, W] -> logits [N, 1, h, w], without a sigmoid: preset ``original`` gives
     h = H // 2**layers - 2 (30 for 256), ``keras`` gives h = ceil(H / 2**layers) (32 for 256). State-dict keys are
-    those of the de-facto implementation. Raises ValueError for an impossible argument, and for an input of another
-    shape or too small to give a logit.
+    those of the de-facto implementation. spectral_norm: all weights under `SpectralNorm`, beside the instance norms;
+    a weight's key then is, for the first, ``model.0.parametrizations.weight.original``, with its vectors beside it.
+    Raises ValueError for an impossible argument, and for an input of another shape or too small to give a logit.
     """
 
     def __init__(
@@ -276,6 +325,7 @@ class PatchDiscriminator(nn.Module):
         *,
         preset: str = "original",
         affine: bool = False,
+        spectral_norm: bool = False,
         init_gain: float = 0.02,
     ) -> None:
         super().__init__()
@@ -293,6 +343,8 @@ class PatchDiscriminator(nn.Module):
         stages.append(_conv(width, 1, 4, 1, style, bias=True))
         self.model = nn.Sequential(*stages)
         _initialise(self, init_gain, style.scale)
+        if spectral_norm:
+            _normalise_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
         _check_input(x, self.in_channels, "PatchDiscriminator")
@@ -321,7 +373,8 @@ class PixelDiscriminator(nn.Module):
     """1x1 convolutions only, which judge each pixel by its own colour.
 
     x: [N, in_channels, H, W] -> logits [N, 1, H, W], without a sigmoid. H * W >= 2. State-dict keys are those of the
-    de-facto implementation. Raises ValueError for an impossible argument and for an input of another shape.
+    de-facto implementation; spectral_norm as in `PatchDiscriminator`. Raises ValueError for an impossible argument and
+    for an input of another shape.
     """
 
     def __init__(
@@ -331,6 +384,7 @@ class PixelDiscriminator(nn.Module):
         *,
         preset: str = "original",
         affine: bool = False,
+        spectral_norm: bool = False,
         init_gain: float = 0.02,
     ) -> None:
         super().__init__()
@@ -346,6 +400,8 @@ class PixelDiscriminator(nn.Module):
             nn.Conv2d(2 * ndf, 1, 1),
         )
         _initialise(self, init_gain, style.scale)
+        if spectral_norm:
+            _normalise_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
         _check_input(x, self.in_channels, "PixelDiscriminator")
@@ -391,6 +447,13 @@ def _initialise(network: nn.Module, gain: float, scale: float) -> None:
             nn.init.normal_(module.weight, scale if isinstance(module, InstanceNorm) else 0.0, gain)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def _normalise_weights(network: nn.Module) -> None:
+    """Put the weights of all convolutions under `SpectralNorm`."""
+    for module in list(network.modules()):
+        if isinstance(module, nn.Conv2d):
+            parametrize.register_parametrization(module, "weight", SpectralNorm(module.weight))
 
 
 def _extend(x: Tensor, dim: int) -> Tensor:

@@ -13,6 +13,7 @@ from cyclegan_fast import distributed
 from cyclegan_fast.config import Config, ModelConfig
 from cyclegan_fast.device import AUTOCAST
 from cyclegan_fast.models import build_augmented, build_discriminators, build_generators, build_pix2pix
+from cyclegan_fast.models.reference import power_iteration
 from cyclegan_fast.ops.instance_norm import runs_kernels
 from cyclegan_fast.training.augmented import AugmentedState
 from cyclegan_fast.training.cyclegan import CycleGANState, Objective
@@ -94,7 +95,15 @@ def build_state(
     def adam(names: Sequence[str]) -> torch.optim.Adam:
         parameters = [parameter for name in names for parameter in modules[name].parameters()]
         betas = (training.beta1, training.beta2)
-        return torch.optim.Adam(parameters, lr=training.lr, betas=betas, eps=training.adam_eps, fused=True)
+        optimizer = torch.optim.Adam(parameters, lr=training.lr, betas=betas, eps=training.adam_eps, fused=True)
+
+        def iterate(*_: Any) -> None:
+            for name in names:
+                power_iteration(modules[name])
+
+        if model.spectral_norm:  # part of the optimiser's step, and so of a recorded one
+            optimizer.register_step_post_hook(iterate)
+        return optimizer
 
     common: dict[str, Any] = {
         "optimizer_G": adam(generators),

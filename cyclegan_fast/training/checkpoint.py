@@ -349,7 +349,7 @@ _OPTIMIZER = (_is_optimizer, "the state of an optimiser")
 # What each part of a checkpoint must be, and that in words.
 _PARTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "config": (_is_settings, "a dictionary of settings by name"),
-    **dict.fromkeys((*_TRAINED_BY["optimizer_G"], *_TRAINED_BY["optimizer_D"]), _WEIGHTS),
+    **dict.fromkeys((*_TRAINED_BY["optimizer_G"], *_TRAINED_BY["optimizer_D"], "G_A_ema", "G_B_ema"), _WEIGHTS),
     **dict.fromkeys(("optimizer_G", "optimizer_D"), _OPTIMIZER),
     "scaler": (_is_settings, "the state of a loss scaler"),
     "pools": (_is_pools, "two image pools, A and B, with size, count and pictures [N, C, H, W]"),
@@ -373,7 +373,9 @@ def _generators(content: Any) -> tuple[str, ...]:
 
 def _fits(optimizer: dict[str, Any], networks: list[Mapping[str, Tensor] | None]) -> bool:
     """Whether an optimiser's tensors have the shapes of their weights, which fused kernels take as given."""
-    shapes = [weight.shape for network in networks if network is not None for weight in network.values()]
+    weights = [item for network in networks if network is not None for item in network.items()]
+    # The vectors of a spectral norm are no parameters.
+    shapes = [weight.shape for key, weight in weights if not key.endswith(("._u", "._v"))]
     for index, moments in optimizer["state"].items():
         if not isinstance(index, int) or not 0 <= index < len(shapes):
             return False

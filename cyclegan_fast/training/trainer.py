@@ -32,6 +32,7 @@ from cyclegan_fast.roofline import measured
 from cyclegan_fast.training import checkpoint as ckpt
 from cyclegan_fast.training import elastic, experiment, run_folder
 from cyclegan_fast.training.build import build_networks, build_samples, build_state, executed, resolved_impl
+from cyclegan_fast.training.ema import averaged, preferred
 from cyclegan_fast.training.graph import (
     WARMUP,
     CudaRecorder,
@@ -124,9 +125,11 @@ class Trainer:
         pools = {name: ImagePool(config.training.pool_size) for name in ("A", "B")}
         run = executed(config, self.modules, one_shape=self.data.loader.windows is not None)
         self.state = build_state(config, self.modules, run, pools, self.precision, device)
+        if config.training.ema:
+            self.modules = self.modules | averaged(self.modules, self.state.optimizer_G, config.training.ema)
         self.run_state = RunState(self.modules, pools, self.state)
         self._replicas = Replicas(self.run_state.replicated, every=config.distributed.check_every)
-        self.samples = build_samples(self.data.samples_A, self.data.samples_B, self.modules, self.state)
+        self.samples = build_samples(self.data.samples_A, self.data.samples_B, preferred(self.modules), self.state)
         self.history = History()
         self._health = Health(self.run_dir, self.run_state, self.history, self.data.loader, self._content)
         self.step = 0

@@ -46,6 +46,11 @@ DISCRIMINATORS = [
     ),
     pytest.param(PixelDiscriminator, {"preset": "original"}, (2, 3, 9, 7), id="pixel"),
     pytest.param(PixelDiscriminator, {"preset": "keras"}, (1, 3, 8, 8), id="pixel-keras"),
+    pytest.param(PatchDiscriminator, {"spectral_norm": True}, (2, 3, 33, 26), id="patch-spectral"),
+    pytest.param(
+        PatchDiscriminator, {"preset": "keras", "layers": 2, "spectral_norm": True}, (1, 3, 24, 20), id="keras-spectral"
+    ),
+    pytest.param(PixelDiscriminator, {"spectral_norm": True}, (2, 3, 9, 7), id="pixel-spectral"),
 ]
 
 
@@ -86,6 +91,7 @@ def compare(network: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, tole
     assert len(dead) == (norms if any(getattr(m, "bias", None) is not None for m in _hidden(network)) else 0)
     for name in dead:
         weight = name.removesuffix("bias") + "weight"
+        weight = weight if weight in wanted_grads else name.removesuffix("bias") + "parametrizations.weight.original"
         assert wanted_grads[name].abs().max() <= 100 * tolerance * wanted_grads[weight].abs().max().clamp_min(1)
     # Between the blocks and a resize, a constant passes convolutions over reflected borders as a constant, and the next
     # norm subtracts it: the shifts that end blocks have no effect there, and gradients of rounding errors.
@@ -240,6 +246,8 @@ COMPILED = {
     "generator": (ResnetGenerator, {"blocks": 1}),
     "resize": (ResnetGenerator, {"blocks": 1, "upsample": "resize"}),
     "discriminator": (PatchDiscriminator, {"layers": 1}),
+    "spectral": (PatchDiscriminator, {"layers": 1, "spectral_norm": True}),
+    "spectral-keras": (PatchDiscriminator, {"layers": 1, "preset": "keras", "spectral_norm": True}),
 }
 
 

@@ -30,6 +30,8 @@ NETWORKS = ("G_A", "G_B", "D_A", "D_B")
 STEPS = 20
 # As training does it: nothing but the bits of the same sums can stay equal for long.
 EXACT = (f"training.steps={STEPS}", "monitor.log_every=1")
+# With buffers and averages, which must stay equal to the bit as the weights do.
+OPTIONS = ("model.spectral_norm=true", "model.upsample=resize", "training.ema=0.9")
 # For runs that round differently. Adam divides by a gradient's own size, an instance norm by the spread of its input:
 # with an epsilon above the gradients' rounding, larger weights and a small rate, neither amplifies rounding for long.
 # The weights still move by up to ten times the tolerance.
@@ -40,8 +42,8 @@ JOBS: dict[str, tuple[str, ...]] = {
     "order": (),
     "disagreement": (),
     "steps-differ": (),
-    "exact": EXACT,
-    "graph": (*EXACT, "training.mode=graph"),
+    "exact": (*EXACT, *OPTIONS),
+    "graph": (*EXACT, *OPTIONS, "training.mode=graph"),
     "resumed": (*EXACT, "training.lr_scaling=linear"),
     "accumulate": ("training.steps=3", "training.accumulate=3"),
     "pix2pix": (*EXACT, "model.method=pix2pix", "data.pairing=aligned", "data.unreadable=skip"),
