@@ -3,8 +3,8 @@
 `torch.save` writes pickle, a program that may do whatever Python can, and describes tensors by numbers of any size.
 Such a file is taken apart here instead, by the few instructions that `torch.save` writes, and can become nothing but
 dictionaries, lists, tuples, numbers, text and tensors, which together take no more memory than a small multiple of the
-file. Read are the zip files of PyTorch 1.6 and later, the sequences of pickles of PyTorch 0.1.10 to 1.5, which newer
-versions write on request, and, with the package of that name, safetensors.
+file. Read are the zip files of PyTorch 1.6 and later, the sequences of pickles of those before, which newer versions
+write on request, and, with the package of that name, safetensors.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _DTYPES = {
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_START = b"\x80\x02\x8a\x0a" + _LEGACY_MAGIC.to_bytes(10, "little")
-_TAR = (257, b"ustar")  # where a tar file says that it is one: PyTorch before 0.1.10
+_TAR = (257, b"ustar")  # where a tar file says that it is one
 
 
 class Refused(Exception):  # noqa: N818 - becomes the caller's error
@@ -76,7 +76,7 @@ def read_tensors(path: str | Path) -> tuple[Any, str]:
                 return _Legacy(file).load("cpu"), "torch.save before PyTorch 1.6"
             if start[_TAR[0] :] == _TAR[1]:
                 raise Refused(
-                    "is a tar file of PyTorch before 0.1.10: load and save it with PyTorch 0.1.12 to 0.4 first"
+                    "is a tar file, as the first versions of PyTorch wrote: load it there and save it with a newer one"
                 )
             if start[8:9] == b"{":
                 return _read_safetensors(path, file), "safetensors"
@@ -283,7 +283,7 @@ class Archive(_Reader):
 
 
 class _Legacy(_Reader):
-    """A ``torch.save`` file of PyTorch 0.1.10 to 1.5: five pickles (a magic number, the format's version, the machine,
+    """A ``torch.save`` file of PyTorch before 1.6: five pickles (a magic number, the format's version, the machine,
     the value, the names of its storages), then each storage as the count of its elements and these.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -432,6 +433,10 @@ def test_other_mistakes(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(WeightsError, match=r"is neither a torch\.save file nor safetensors"):
             cf.load(tmp_path / name)
+    with tarfile.open(tmp_path / "old.pth", "w") as tar:
+        tar.add(tmp_path / "a.pth", "storages")
+    with pytest.raises(WeightsError, match=r"old\.pth is a tar file"):
+        cf.load(tmp_path / "old.pth")
     with pytest.raises(WeightsError, match=r"none\.pth cannot be read: No such file"):
         cf.load(tmp_path / "none.pth")
     with pytest.raises(WeightsError, match="holds no state dict"):
