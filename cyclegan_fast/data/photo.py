@@ -6,7 +6,7 @@ Adobe RGB or CMYK (ICC profile), gray has 16 bits, PNGs have alpha and palettes.
 profile, alpha, gray. A picture is saved so that nothing is left half-written and the camera's metadata stays with it. A
 file that cannot be used raises PhotoError and nothing else, so that one bad file among thousands is a line in a list.
 
-Files are told apart by their first bytes, never by their names. The functions hold no state, but for parsed profiles, and
+Files are told apart by their first bytes, never by their names. The functions hold no state but parsed profiles, and
 may run in any number of threads and processes at once.
 
 Limits, known and accepted:
