@@ -188,12 +188,10 @@ def png(pixels: Deep, *, exif: bytes = b"", xmp: bytes = b"", icc: bytes = b"") 
     data = b"".join([*(compressor.compress(band) for band in _filtered(pixels)), compressor.flush()])
     chunks += [(b"IDAT", data[at : at + (1 << 30)]) for at in range(0, len(data), 1 << 30)]
     chunks.append((b"IEND", b""))
-    framed = (struct.pack(">I", len(body)) + kind + body + _crc(kind + body) for kind, body in chunks)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
-
-
-def _crc(data: bytes) -> bytes:
-    return struct.pack(">I", zlib.crc32(data))
+    parts = [b"\x89PNG\r\n\x1a\n"]
+    for kind, body in chunks:
+        parts += struct.pack(">I4s", len(body), kind), body, struct.pack(">I", zlib.crc32(body, zlib.crc32(kind)))
+    return b"".join(parts)
 
 
 def _filtered(pixels: Deep) -> Iterator[bytes]:

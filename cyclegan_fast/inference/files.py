@@ -38,7 +38,7 @@ __all__ = ["Result", "translate_files"]
 logger = logging.getLogger("cyclegan_fast.translate")
 
 # Bytes for a pixel of a picture between its file and its file, at most: decoded, converted, translated, encoded.
-_BYTES_A_PIXEL = {8: 20, 16: 40}
+_BYTES_A_PIXEL = {8: 20, 16: 48}
 _MOST_AHEAD = 4_000_000_000
 _LEAST_AHEAD = 300_000_000
 
