@@ -154,7 +154,7 @@ def build_app(gradio: Any, bench: Workbench, available: list[str], *, name: str,
 
 
 def _page(gradio: Any, bench: Workbench, available: list[str], heading: str) -> Any:
-    """The Gradio page: one file, a direction, and what came of it. A photograph is translated as soon as it is there."""
+    """The Gradio page: one file, a direction, and what came of it; what is dropped is translated at once."""
 
     def translate(upload: str | None, direction: str, progress: Any = gradio.Progress()) -> str:  # noqa: B008
         if upload is None:  # the direction was chosen before a photograph

@@ -28,6 +28,12 @@ _KEPT = 6
 _SHOWN_BY_BROWSERS = frozenset((".jpg", ".jpeg", ".jpe", ".png", ".webp", ".avif"))
 _VIEW_QUALITY = 95
 
+Report = Callable[[float, str], object]
+
+
+def _silent(share: float, words: str) -> None:
+    """Nobody listens."""
+
 
 @dataclass(frozen=True)
 class Translated:
@@ -59,9 +65,7 @@ class Workbench:
         self.uploads.mkdir()
         self._results.mkdir()
 
-    def translate(
-        self, upload: str | Path, direction: str, report: Callable[[float, str], object] = lambda share, words: None
-    ) -> Translated:
+    def translate(self, upload: str | Path, direction: str, report: Report = _silent) -> Translated:
         """Translate one upload; ``report`` hears how far it is (0 to 1) and what is being done.
 
         The result is the file that ``translate_files`` writes. Raises InputError, with words for the page: a picture
@@ -98,9 +102,7 @@ class Workbench:
         with self._lock:
             self._closed = True
 
-    def _translate(
-        self, upload: Path, direction: str, token: str, folder: Path, report: Callable[[float, str], object]
-    ) -> Translated:
+    def _translate(self, upload: Path, direction: str, token: str, folder: Path, report: Report) -> Translated:
         width, height = self._checked_size(upload)
         report(0.1, f"Translating {width} × {height} pixels")
         started = time.perf_counter()
