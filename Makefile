@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 # Which build of torch: cpu, cuda, or auto, which looks for an NVIDIA GPU.
 TORCH  ?= auto
 
-.PHONY: setup native demo test check kernels bench soak sanitize format clean
+.PHONY: setup native demo test demo-page-test check kernels bench soak sanitize format clean
 
 setup: $(VENV)/.ready
 
@@ -44,6 +44,12 @@ demo: setup
 test: setup
 	$(BIN)/python setup.py --quiet build_ext --inplace  # the native operations, where they can be built
 	$(BIN)/python -m pytest -n 2 tests
+
+# The demo page in a headless Chromium, which must be there, in an environment of its own: Gradio wants an older Pillow.
+demo-page-test:
+	$(MAKE) setup VENV=.venv-demo
+	.venv-demo/bin/pip install --quiet -e ".[dev,demo]" playwright
+	.venv-demo/bin/python -m pytest tests/inference/test_demo.py tests/inference/test_demo_page.py
 
 check: setup
 	$(BIN)/ruff format --check .

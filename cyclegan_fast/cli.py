@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_figures(commands)
     _add_data(commands)
     _add_weights(commands)
+    _add_demo(commands)
     doctor = commands.add_parser("doctor", help="say what this machine and this installation can do")
     doctor.add_argument(
         "--measure",
@@ -228,6 +229,25 @@ def _add_weights(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     imported.set_defaults(run=_weights_import)
     exported.set_defaults(run=_weights_export)
     show.set_defaults(run=_weights_show)
+
+
+def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="serve a local page to try a trained model",
+        description="Serve a page where one drops a photograph and slides between before and after, at full size. "
+        'Needs pip install "cyclegan_fast[demo]"; docs/demo.md.',
+    )
+    demo.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder or checkpoint file")
+    demo.add_argument("--port", type=int, default=7860, help="default 7860; 0 takes any that is free")
+    demo.add_argument("--host", default="127.0.0.1", help="address to serve on (default 127.0.0.1: this machine only)")
+    demo.add_argument("--which", default="latest", help="checkpoint of a run: latest, best or epoch-N")
+    demo.add_argument("--max-upload", default="50MB", metavar="SIZE", help="largest file it takes (default 50MB)")
+    demo.add_argument(
+        "--max-megapixels", type=float, default=100.0, metavar="N", help="largest picture it takes (default 100)"
+    )
+    _add_execution_options(demo)
+    demo.set_defaults(run=_demo)
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -433,6 +453,25 @@ def _weights_show(arguments: argparse.Namespace) -> int:
     from cyclegan_fast.inference.weights import report
 
     print(report(arguments.source, arguments.which))
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from cyclegan_fast.inference.demo.limits import checked_limits
+    from cyclegan_fast.inference.demo.server import bound_socket, require_gradio, serve
+    from cyclegan_fast.inference.translate import load
+
+    limits = checked_limits(arguments.max_upload, arguments.max_megapixels)
+    require_gradio()
+    with bound_socket(arguments.host, arguments.port) as listening:
+        translator = load(
+            arguments.checkpoint, which=arguments.which, device=arguments.device, precision=arguments.precision
+        )
+        name = Path(arguments.checkpoint).resolve().stem
+        try:
+            serve(translator, listening, host=arguments.host, name=name, limits=limits)
+        except KeyboardInterrupt:  # how a page is ended
+            return 0
     return 0
 
 
