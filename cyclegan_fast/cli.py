@@ -112,8 +112,10 @@ def _add_translate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     translate.add_argument(
         "--seed", type=int, metavar="N", help="which of many translations, for Augmented CycleGAN (default 0)"
     )
-    translate.add_argument("--format", choices=("jpg", "png", "tif", "webp", "avif"), help="default: the input's")
-    translate.add_argument("--quality", type=int, default=95, metavar="1..100", help="of lossy formats (default 95)")
+    translate.add_argument(
+        "--format", choices=("jpg", "png", "tif", "webp", "avif", "heic", "bmp"), help="default: the input's"
+    )
+    _add_output_options(translate)
     translate.add_argument("--suffix", default="", help="appended to each name, before the extension")
     translate.add_argument("--overwrite", action="store_true", help="replace results that exist")
     translate.add_argument(
@@ -132,6 +134,26 @@ def _add_translate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     )
     _add_execution_options(translate)
     translate.set_defaults(run=_translate)
+
+
+def _add_output_options(translate: argparse.ArgumentParser) -> None:
+    translate.add_argument("--quality", type=int, default=95, metavar="1..100", help="of lossy formats (default 95)")
+    translate.add_argument(
+        "--chroma",
+        choices=("420", "422", "444"),
+        help="resolution of colour (default: 444 for JPEG and AVIF, else 420)",
+    )
+    translate.add_argument("--lossless", action="store_true", help="of WebP and HEIC; PNG and TIFF always are")
+    translate.add_argument(
+        "--depth", choices=("8", "16", "same"), default="same", help="bits a channel (default: the input's)"
+    )
+    translate.add_argument(
+        "--profile", choices=("srgb", "original"), default="srgb", help="colours of the results (default srgb)"
+    )
+    translate.add_argument(
+        "--gray", choices=("keep", "model"), default="keep", help="gray pictures stay gray, or as the model has it"
+    )
+    translate.add_argument("--keep-times", action="store_true", help="give the results the files' times")
 
 
 def _add_figures(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -285,6 +307,12 @@ def _translate(arguments: argparse.Namespace) -> int:
         suffix=arguments.suffix,
         format=arguments.format,
         quality=arguments.quality,
+        chroma=arguments.chroma,
+        lossless=arguments.lossless,
+        depth="same" if arguments.depth == "same" else int(arguments.depth),
+        profile=arguments.profile,
+        gray=arguments.gray,
+        keep_times=arguments.keep_times,
         overwrite=arguments.overwrite,
         truncate=arguments.truncate,
     )

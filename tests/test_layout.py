@@ -65,8 +65,8 @@ ALLOWED = {
         *(f"training.{name}" for name in ("checkpoint", "experiment", "monitor", "state")),
     },
     "inference": {
-        *("atomic", "config", "data", "device", "errors", "inference", "models", "tensor_file", "training.checkpoint"),
-        *("training.ema", "training.latents"),
+        *("atomic", "config", "data", "device", "errors", "inference", "machine", "models", "tensor_file"),
+        *("training.checkpoint", "training.ema", "training.latents"),
     },
     "evaluation": {"atomic", "data.photo", "errors", "evaluation", "inference.translate", "training.checkpoint"},
     "roofline": {"atomic", "data.store", "machine"},

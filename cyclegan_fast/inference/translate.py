@@ -146,7 +146,7 @@ class Translator:
         * a path: the photograph, upright and in sRGB (``open_photo``); gives a PIL image
         * a PIL image of 8 bits a channel, its pixels taken as sRGB as they lie; alpha that the network does not take
           is laid over white; gives a PIL image of mode ``MODES[channels]``
-        * a uint8 array [H, W, C] (or [H, W] for one channel); gives the same
+        * a uint8 or uint16 array [H, W, C] (or [H, W] for one channel); gives the same
         * a floating-point tensor [N, C, H, W] in [-1, 1]; gives one of the same dtype on the same device
 
         8-bit results are rounded; ``truncate`` cuts off the fraction instead, as the de-facto implementation does
