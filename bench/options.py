@@ -1,7 +1,7 @@
 """What the options of the networks and of training do: resize-convolutions, averaged weights, spectral norms.
 
     python bench/options.py [--out FILE.json] [--markdown FILE.md] [--figure FILE.jpg] [--work FOLDER]
-                            [--size 64] [--steps 200] [--seeds 3] [--small]
+                            [--size 64] [--steps 160] [--seeds 3] [--small]
 
 Small whole trainings on synthetic flowers through the trainer itself, on one thread. Phone pictures of the test set are
 translated and compared with the true DSLR pictures of the same scenes. A seed decides the starting weights and the
@@ -40,7 +40,13 @@ from cyclegan_fast.training.checkpoint import step_checkpoints
 
 PERIODS = (2, 4)
 DECAY = 0.98
-COMMON = ("training.threads=1", "training.precision=fp32", "training.device=cpu", "training.epochs_decay=0")
+COMMON = (
+    "training.threads=1",
+    "training.precision=fp32",
+    "training.device=cpu",
+    "training.epochs=1000",
+    "training.epochs_decay=0",
+)
 AVERAGED = (*COMMON, f"training.ema={DECAY}", "checkpoint.every_epochs=0.25", "checkpoint.keep=1000")
 CRITIC = (*COMMON, "loss.gan=wgangp", "loss.gradient_penalty=0", "training.lr=1e-3", "model.ndf=16")
 UPSAMPLE = [Arm("transposed", AVERAGED), Arm("resize", (*AVERAGED, "model.upsample=resize"))]
@@ -54,7 +60,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--work", type=Path, default=Path("runs/options"))
     parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--small", action="store_true", help="two steps at 32 pixels, to see that it works")
     return parser.parse_args()
@@ -173,6 +179,7 @@ def spectral_lines(runs: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 def figure(experiment: Experiment, count: int = 3) -> Image.Image:
     """Pictures of the first seed's runs: input, both doublings before and after training, truth; enlarged twice."""
+    count = min(count, len(experiment.pictures["testA"]))
     columns = {"phone": experiment.pictures["testA"][:count]}
     for arm in UPSAMPLE:
         config = experiment.task.config(arm, 0, experiment.work)
