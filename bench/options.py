@@ -86,12 +86,12 @@ def before_training(config: Config, pictures: dict[str, Pixels]) -> dict[str, An
     return compared(translated(untrained, pictures["testA"], "AtoB"), pictures["truthB"])
 
 
-def measured(config: Config, pictures: dict[str, Pixels]) -> list[dict[str, Any]]:
-    """The measures at each checkpoint, by last weights and by averages."""
-    rows = []
-    for file in step_checkpoints(config.run_dir):
+def measured(config: Config, pictures: dict[str, Pixels], kinds: Sequence[str]) -> list[dict[str, Any]]:
+    """The measures at each checkpoint of the second half of a run, by each kind of weights."""
+    rows, files = [], step_checkpoints(config.run_dir)
+    for file in files[(len(files) - 1) // 2 :]:
         row: dict[str, Any] = {"step": int(file.stem.rpartition("-")[2])}
-        for weights in ("raw", "ema"):
+        for weights in kinds:
             translator = cyclegan_fast.load(file, device="cpu", precision="fp32", weights=weights)
             row[weights] = compared(translated(translator, pictures["testA"], "AtoB"), pictures["truthB"])
         rows.append(row)
@@ -108,6 +108,22 @@ def finished(config: Config, steps: int) -> bool:
     """Whether an earlier call has trained this run to its end."""
     files = step_checkpoints(config.run_dir)
     return bool(files) and files[-1].stem.endswith(f"-{steps:08d}")
+
+
+def done(experiment: Experiment, arm: Arm, seed: int) -> dict[str, Any]:
+    """Train one run and measure it, or take over what an earlier call measured."""
+    config = experiment.task.config(arm, seed, experiment.work)
+    kept = config.run_dir / "measured.json"
+    if not kept.exists():
+        if not finished(config, experiment.task.steps):
+            run_training(config, batched=True)
+        run: dict[str, Any] = {"seed": seed, "scalars": scalars(config)}
+        if arm in UPSAMPLE:
+            run["before"] = before_training(config, experiment.pictures)
+        run["checkpoints"] = measured(config, experiment.pictures, ("raw", "ema") if arm in UPSAMPLE else ("raw",))
+        kept.write_text(json.dumps(run), encoding="utf-8")
+    found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+    return found
 
 
 def mean_and_spread(values: Sequence[float], digits: int) -> str:
@@ -149,9 +165,8 @@ def average_lines(runs: dict[str, list[dict[str, Any]]]) -> list[str]:
         cells = []
         for key, digits in (("psnr", 2), ("ssim", 3)):
             series = [[row[weights][key] for row in run["checkpoints"]] for run in every]
-            halves = [values[len(values) // 2 :] for values in series]
-            moves = [statistics.mean(abs(b - a) for a, b in itertools.pairwise(v)) for v in halves if len(v) > 1]
-            cells.append(mean_and_spread([statistics.mean(values) for values in halves], digits))
+            moves = [statistics.mean(abs(b - a) for a, b in itertools.pairwise(v)) for v in series if len(v) > 1]
+            cells.append(mean_and_spread([statistics.mean(values) for values in series], digits))
             cells.append(mean_and_spread(moves or [0.0], digits))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
@@ -208,18 +223,7 @@ def main() -> None:
     runs: dict[str, list[dict[str, Any]]] = {}
     for seed in range(seeds):
         for arm in (*UPSAMPLE, *(SPECTRAL if seed < arguments.critics else ())):
-            config = task.config(arm, seed, arguments.work)
-            if not finished(config, steps):
-                run_training(config, batched=True)
-            run: dict[str, Any] = {"seed": seed, "scalars": scalars(config)}
-            if arm in UPSAMPLE:
-                run["before"] = before_training(config, experiment.pictures)
-                run["checkpoints"] = measured(config, experiment.pictures)
-            else:
-                file = step_checkpoints(config.run_dir)[-1]
-                translator = cyclegan_fast.load(file, device="cpu", precision="fp32", weights="raw")
-                made = translated(translator, experiment.pictures["testA"], "AtoB")
-                run["checkpoints"] = [{"step": steps, "raw": compared(made, experiment.pictures["truthB"])}]
+            run = done(experiment, arm, seed)
             runs.setdefault(arm.name, []).append(run)
             last = run["checkpoints"][-1]["raw"]
             print(f"{arm.name}, seed {seed}: PSNR {last['psnr']:.2f} dB, contrast {last['contrast']}", flush=True)
