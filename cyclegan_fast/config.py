@@ -165,10 +165,21 @@ class ModelConfig:
         "affine norms, paddings and initialisation",
         choices=("original", "keras"),
     )
+    generator: str = _option(
+        "resnet",
+        "`resnet`: the paper's, with residual blocks; `unet_N`: a U-Net that halves the picture until N pixels are one "
+        "position, 256 or 128 in pix2pix; a picture whose sides are no multiples of N is extended, and cut again",
+        choices=("resnet", *(f"unet_{2**downs}" for downs in range(5, 11))),
+    )
+    affine: bool = _option(
+        False,
+        "norms with a scale and a shift for each channel, and no biases before them; `keras` has them in any case. One "
+        "pair at a time, that is what the de-facto `--norm batch` computes",
+    )
     channels_A: int = _option(3, "channels of domain A: 1 gray, 2 gray + alpha, 3 RGB, 4 RGB + alpha", low=1, high=4)
     channels_B: int = _option(3, "channels of domain B, likewise", low=1, high=4)
     blocks: int = _option(
-        9, "residual blocks of a generator, count (de facto: 9, or 6 for small pictures)", low=1, high=1000
+        9, "resnet only: residual blocks of a generator, count (de facto: 9, or 6 for small pictures)", low=1, high=1000
     )
     ngf: int = _option(64, "filters of a generator's first convolution, count", low=1, high=4096)
     ndf: int = _option(64, "filters of a discriminator's first convolution, count", low=1, high=4096)
@@ -178,7 +189,9 @@ class ModelConfig:
         "`resize` and a convolution, which draws no checkerboards (docs/options.md)",
         choices=("transposed", "resize"),
     )
-    dropout: bool = _option(False, "dropout 0.5 inside the residual blocks")
+    dropout: bool = _option(
+        False, "dropout 0.5 inside the residual blocks, or behind the upward steps of a U-Net that are 8 ngf wide"
+    )
     discriminator: str = _option(
         "patch", "`patch`: PatchGAN, 70x70 with 3 layers; `pixel`: 1x1 convolutions only", choices=("patch", "pixel")
     )
@@ -189,6 +202,11 @@ class ModelConfig:
         "(docs/options.md)",
     )
     init_gain: float = _option(0.02, "standard deviation of the normal initialisation of the weights", above=0)
+    init_from: str | None = _option(
+        None,
+        "a new run starts from these weights instead: a run folder, a checkpoint, or a `.pth` or `.safetensors` file, "
+        "or folder of these, of the de-facto implementation. Networks that it lacks are initialised as usual",
+    )
 
 
 @dataclass(frozen=True)
@@ -682,11 +700,32 @@ def _check_together(config: Config) -> None:
             f"loss.identity = {config.loss.identity} needs equal channels, but model.channels_A = {model.channels_A} "
             f"and model.channels_B = {model.channels_B}: set loss.identity=0"
         )
+    _check_generator(config)
     parts = Path(config.name).parts
     if len(parts) != 1 or parts[0] in (".", "..") or Path(config.name).is_absolute():
         raise ConfigError(f"name = {config.name!r} is not allowed: one folder name, without `/` or `..`")
     if any(epoch < 1 for epoch in config.checkpoint.milestones):
         raise ConfigError(f"checkpoint.milestones = {list(config.checkpoint.milestones)}: epochs count from 1")
+
+
+def _check_generator(config: Config) -> None:
+    """Refuse settings that a U-Net does not have."""
+    model = config.model
+    if model.generator == "resnet":
+        return
+    for name, value, only in (
+        ("model.preset", model.preset, "original"),
+        ("model.upsample", model.upsample, "transposed"),
+        ("training.recompute", config.training.recompute, False),
+    ):
+        if value != only:
+            raise ConfigError(
+                f"{name} = {value!r} is not possible with model.generator={model.generator}: leave it out"
+            )
+    if model.method == "augmented":
+        raise ConfigError(
+            f"model.generator = {model.generator!r} is not possible with model.method=augmented: use resnet"
+        )
 
 
 def _check_method(config: Config) -> None:

@@ -74,14 +74,15 @@ class StyledGenerator(nn.Module):
 
     @torch.no_grad()
     def styled(self, z: Tensor) -> ResnetGenerator:
-        """The generator for one code [latent]: an ordinary one, with weights of its own and affine norms."""
-        plain = ResnetGenerator(*self._arguments, **self._options)
-        weights = {f"model.{key}": value for key, value in self.model.state_dict().items()}
-        plain.load_state_dict(weights, strict=False)
+        """The generator for one code [latent]: an ordinary one with affine norms, which shares the convolutions."""
+        with torch.device("meta"):  # without spending time and random numbers on weights that are replaced next
+            plain = ResnetGenerator(*self._arguments, **self._options)
+        weights = {f"model.{key}": value for key, value in self.model.state_dict(keep_vars=True).items()}
+        plain.load_state_dict(weights, strict=False, assign=True)  # all but the norms'
         norms = [module for module in plain.model.modules() if isinstance(module, InstanceNorm)]
         for norm, (scale, shift) in zip(norms, self._scales(z), strict=True):
             norm.weight, norm.bias = nn.Parameter(scale.clone()), nn.Parameter(shift.clone())
-        return plain.to(self.style.weight.device, self.style.weight.dtype).train(self.training)
+        return plain.train(self.training)
 
     def _norms(self) -> list[_GivenNorm]:
         return [module for module in self.model.modules() if isinstance(module, _GivenNorm)]

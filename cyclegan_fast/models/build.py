@@ -9,18 +9,25 @@ from torch import nn
 from cyclegan_fast.config import ModelConfig
 from cyclegan_fast.models.augmented import LatentDiscriminator, LatentEncoder, StyledGenerator
 from cyclegan_fast.models.fused import PatchDiscriminator, PixelDiscriminator, ResnetGenerator
+from cyclegan_fast.models.unet import UnetGenerator
 
-__all__ = ["Discriminator", "build_augmented", "build_discriminators", "build_generators", "build_pix2pix"]
+__all__ = [
+    "Discriminator",
+    "Generator",
+    "build_augmented",
+    "build_discriminators",
+    "build_generators",
+    "build_pix2pix",
+]
 
+Generator = ResnetGenerator | UnetGenerator
 Discriminator = PatchDiscriminator | PixelDiscriminator
 
 
-def build_generators(
-    model: ModelConfig, *, impl: str = "auto", recompute: bool = False
-) -> tuple[ResnetGenerator, ResnetGenerator]:
+def build_generators(model: ModelConfig, *, impl: str = "auto", recompute: bool = False) -> tuple[Generator, Generator]:
     """(G_A, G_B): G_A translates domain A to B, G_B domain B to A. Weights come from torch's default generator.
 
-    impl and recompute: how they run, see `models.fused`.
+    impl and recompute: how a `ResnetGenerator` runs, see `models.fused`; a U-Net is always plain PyTorch.
     """
     A, B = model.channels_A, model.channels_B
     return (
@@ -76,15 +83,18 @@ def build_augmented(model: ModelConfig, *, impl: str = "auto", impl_D: str = "au
     }
 
 
-def _generator(
-    model: ModelConfig, in_channels: int, out_channels: int, *, impl: str, recompute: bool
-) -> ResnetGenerator:
+def _generator(model: ModelConfig, in_channels: int, out_channels: int, *, impl: str, recompute: bool) -> Generator:
+    if model.generator != "resnet":
+        downs = int(model.generator.removeprefix("unet_")).bit_length() - 1
+        options: dict[str, Any] = {"dropout": model.dropout, "init_gain": model.init_gain}
+        return UnetGenerator(in_channels, out_channels, model.ngf, downs, affine=model.affine, **options)
     return ResnetGenerator(
         in_channels,
         out_channels,
         model.ngf,
         model.blocks,
         preset=model.preset,
+        affine=model.affine,
         upsample=model.upsample,
         dropout=model.dropout,
         init_gain=model.init_gain,
@@ -94,7 +104,7 @@ def _generator(
 
 
 def _discriminator(model: ModelConfig, channels: int, *, impl: str) -> Discriminator:
-    options: dict[str, Any] = {"preset": model.preset, "init_gain": model.init_gain}
+    options: dict[str, Any] = {"preset": model.preset, "affine": model.affine, "init_gain": model.init_gain}
     options["spectral_norm"] = model.spectral_norm
     if model.discriminator == "patch":
         return PatchDiscriminator(channels, model.ndf, model.discriminator_layers, impl=impl, **options)

@@ -8,7 +8,7 @@ D_Y, D_B its D_X.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -34,11 +34,12 @@ class _Style:
     affine: bool
     eps: float
     same_padding: bool  # TensorFlow's "same" instead of symmetric zero padding
+    scale: float  # mean of the affine norms' initial scales
 
 
 _STYLES = {
-    "original": _Style(hidden_bias=True, affine=False, eps=1e-5, same_padding=False),
-    "keras": _Style(hidden_bias=False, affine=True, eps=1e-3, same_padding=True),
+    "original": _Style(hidden_bias=True, affine=False, eps=1e-5, same_padding=False, scale=1.0),
+    "keras": _Style(hidden_bias=False, affine=True, eps=1e-3, same_padding=True, scale=0.0),
 }
 
 # The two halvings need multiples of 4, and the reflection by 1 at a quarter of the size needs 2 positions there.
@@ -247,7 +248,8 @@ class ResnetGenerator(nn.Module):
     reflection where the picture is large enough for it, else by repeating its border, and cropped at the end; every
     other size goes through `model` as it is. State-dict keys are those of the de-facto implementation.
 
-    preset: ``original`` or ``keras``; upsample: ``transposed`` or ``resize`` (`ResizeConv2d`, whose weights have the
+    preset: ``original`` or ``keras``; affine: norms with a scale and a shift for each channel, and no biases before
+    them, in preset ``original`` too; upsample: ``transposed`` or ``resize`` (`ResizeConv2d`, whose weights have the
     keys of the transposed convolutions and the shape of a convolution); init_gain: standard deviation of the normal
     initialisation, drawn from torch's default generator. Raises ValueError for an impossible argument and for an input
     of another shape.
@@ -261,12 +263,13 @@ class ResnetGenerator(nn.Module):
         blocks: int = 9,
         *,
         preset: str = "original",
+        affine: bool = False,
         upsample: str = "transposed",
         dropout: bool = False,
         init_gain: float = 0.02,
     ) -> None:
         super().__init__()
-        style = _style(preset)
+        style = _style(preset, affine)
         _check_positive(in_channels=in_channels, out_channels=out_channels, ngf=ngf, blocks=blocks)
         self.in_channels = in_channels
         layers: list[nn.Module] = [
@@ -284,7 +287,7 @@ class ResnetGenerator(nn.Module):
         last = nn.Conv2d(ngf, out_channels, 7)
         layers += [ReflectionPad2d(3), last, nn.Tanh()]
         self.model = nn.Sequential(*layers)
-        _initialise(self, init_gain)
+        _initialise(self, init_gain, style.scale)
         if preset == "keras":
             # The one convolution of the Keras example that is left to Keras' default, Glorot uniform.
             nn.init.xavier_uniform_(last.weight)
@@ -321,11 +324,12 @@ class PatchDiscriminator(nn.Module):
         layers: int = 3,
         *,
         preset: str = "original",
+        affine: bool = False,
         spectral_norm: bool = False,
         init_gain: float = 0.02,
     ) -> None:
         super().__init__()
-        style = _style(preset)
+        style = _style(preset, affine)
         _check_positive(in_channels=in_channels, ndf=ndf, layers=layers)
         self.in_channels = in_channels
         self.layers = layers
@@ -338,7 +342,7 @@ class PatchDiscriminator(nn.Module):
             stages += [conv, _norm(width, style), nn.LeakyReLU(0.2, inplace=True)]
         stages.append(_conv(width, 1, 4, 1, style, bias=True))
         self.model = nn.Sequential(*stages)
-        _initialise(self, init_gain)
+        _initialise(self, init_gain, style.scale)
         if spectral_norm:
             _normalise_weights(self)
 
@@ -379,11 +383,12 @@ class PixelDiscriminator(nn.Module):
         ndf: int = 64,
         *,
         preset: str = "original",
+        affine: bool = False,
         spectral_norm: bool = False,
         init_gain: float = 0.02,
     ) -> None:
         super().__init__()
-        style = _style(preset)
+        style = _style(preset, affine)
         _check_positive(in_channels=in_channels, ndf=ndf)
         self.in_channels = in_channels
         self.net = nn.Sequential(
@@ -394,7 +399,7 @@ class PixelDiscriminator(nn.Module):
             nn.LeakyReLU(0.2, inplace=True),
             nn.Conv2d(2 * ndf, 1, 1),
         )
-        _initialise(self, init_gain)
+        _initialise(self, init_gain, style.scale)
         if spectral_norm:
             _normalise_weights(self)
 
@@ -433,13 +438,13 @@ def _norm(channels: int, style: _Style) -> InstanceNorm:
     return InstanceNorm(channels, eps=style.eps, affine=style.affine)
 
 
-def _initialise(network: nn.Module, gain: float) -> None:
-    """Weights N(0, gain), affine scales N(0, gain) too as in the Keras example, biases 0."""
+def _initialise(network: nn.Module, gain: float, scale: float) -> None:
+    """Weights N(0, gain), affine scales N(scale, gain), biases 0."""
     for module in network.modules():
         if not isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, InstanceNorm)):
             continue
         if module.weight is not None:
-            nn.init.normal_(module.weight, 0.0, gain)
+            nn.init.normal_(module.weight, scale if isinstance(module, InstanceNorm) else 0.0, gain)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
@@ -464,10 +469,12 @@ def _extend(x: Tensor, dim: int) -> Tensor:
     return F.pad(x, padding, mode="replicate")
 
 
-def _style(preset: str) -> _Style:
+def _style(preset: str, affine: bool = False) -> _Style:
+    """The preset's, with affine norms also where it has none, and then without the biases before them."""
     if preset not in _STYLES:
         raise ValueError(f"preset = {preset!r} is not known: one of {', '.join(_STYLES)}")
-    return _STYLES[preset]
+    style = _STYLES[preset]
+    return replace(style, affine=True, hidden_bias=False) if affine else style
 
 
 def _check_positive(**counts: int) -> None:

@@ -26,6 +26,7 @@ from cyclegan_fast.data.loader import Batch, Plan, TrainingData, open_training_d
 from cyclegan_fast.device import resolve_device, resolve_precision
 from cyclegan_fast.errors import InputError
 from cyclegan_fast.evaluation.figures import curves_figure
+from cyclegan_fast.inference.weights import initialise
 from cyclegan_fast.models import cost
 from cyclegan_fast.roofline import measured
 from cyclegan_fast.training import checkpoint as ckpt
@@ -119,6 +120,8 @@ class Trainer:
         self._digest = experiment.digest(self.data.loader)
         self.impl = resolved_impl(config, self.precision, device)
         self.modules = build_networks(config, self.impl, device)
+        if found is None and config.model.init_from is not None:
+            self._begin_from(config.model.init_from)
         pools = {name: ImagePool(config.training.pool_size) for name in ("A", "B")}
         run = executed(config, self.modules, one_shape=self.data.loader.windows is not None)
         self.state = build_state(config, self.modules, run, pools, self.precision, device)
@@ -370,6 +373,13 @@ class Trainer:
                 "time": time.time(),
             },
         }
+
+    def _begin_from(self, source: str) -> None:
+        """Take over the weights of another model. Raises WeightsError or CheckpointError saying what does not fit."""
+        taken = initialise(self.modules, source)
+        rest = [name for name in self.modules if name not in taken]
+        if distributed.is_main():
+            logger.info("weights of %s from %s; %s start anew", ", ".join(taken), source, ", ".join(rest) or "none")
 
     def _load(self, path: Path, content: dict[str, Any]) -> None:
         """Take over a checkpoint's state. Raises CheckpointError or ConfigError saying what does not fit."""
