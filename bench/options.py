@@ -1,7 +1,7 @@
 """What the options of the networks and of training do: resize-convolutions, averaged weights, spectral norms.
 
     python bench/options.py [--out FILE.json] [--markdown FILE.md] [--figure FILE.jpg] [--work FOLDER]
-                            [--size 64] [--steps 200] [--seeds 3] [--small]
+                            [--size 64] [--steps 160] [--seeds 3] [--critics 2] [--small]
 
 Small whole trainings on synthetic flowers through the trainer itself, on one thread. Phone pictures of the test set are
 translated and compared with the true DSLR pictures of the same scenes. A seed decides the starting weights and the
@@ -40,7 +40,13 @@ from cyclegan_fast.training.checkpoint import step_checkpoints
 
 PERIODS = (2, 4)
 DECAY = 0.98
-COMMON = ("training.threads=1", "training.precision=fp32", "training.device=cpu", "training.epochs_decay=0")
+COMMON = (
+    "training.threads=1",
+    "training.precision=fp32",
+    "training.device=cpu",
+    "training.epochs=1000",
+    "training.epochs_decay=0",
+)
 AVERAGED = (*COMMON, f"training.ema={DECAY}", "checkpoint.every_epochs=0.25", "checkpoint.keep=1000")
 CRITIC = (*COMMON, "loss.gan=wgangp", "loss.gradient_penalty=0", "training.lr=1e-3", "model.ndf=16")
 UPSAMPLE = [Arm("transposed", AVERAGED), Arm("resize", (*AVERAGED, "model.upsample=resize"))]
@@ -54,8 +60,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--work", type=Path, default=Path("runs/options"))
     parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--critics", type=int, default=2, help="seeds of the Wasserstein critics (default 2)")
     parser.add_argument("--small", action="store_true", help="two steps at 32 pixels, to see that it works")
     return parser.parse_args()
 
@@ -79,12 +86,12 @@ def before_training(config: Config, pictures: dict[str, Pixels]) -> dict[str, An
     return compared(translated(untrained, pictures["testA"], "AtoB"), pictures["truthB"])
 
 
-def measured(config: Config, pictures: dict[str, Pixels]) -> list[dict[str, Any]]:
-    """The measures at each checkpoint, by last weights and by averages."""
-    rows = []
-    for file in step_checkpoints(config.run_dir):
+def measured(config: Config, pictures: dict[str, Pixels], kinds: Sequence[str]) -> list[dict[str, Any]]:
+    """The measures at each checkpoint of the second half of a run, by each kind of weights."""
+    rows, files = [], step_checkpoints(config.run_dir)
+    for file in files[(len(files) - 1) // 2 :]:
         row: dict[str, Any] = {"step": int(file.stem.rpartition("-")[2])}
-        for weights in ("raw", "ema"):
+        for weights in kinds:
             translator = cyclegan_fast.load(file, device="cpu", precision="fp32", weights=weights)
             row[weights] = compared(translated(translator, pictures["testA"], "AtoB"), pictures["truthB"])
         rows.append(row)
@@ -101,6 +108,22 @@ def finished(config: Config, steps: int) -> bool:
     """Whether an earlier call has trained this run to its end."""
     files = step_checkpoints(config.run_dir)
     return bool(files) and files[-1].stem.endswith(f"-{steps:08d}")
+
+
+def done(experiment: Experiment, arm: Arm, seed: int) -> dict[str, Any]:
+    """Train one run and measure it, or take over what an earlier call measured."""
+    config = experiment.task.config(arm, seed, experiment.work)
+    kept = config.run_dir / "measured.json"
+    if not kept.exists():
+        if not finished(config, experiment.task.steps):
+            run_training(config, batched=True)
+        run: dict[str, Any] = {"seed": seed, "scalars": scalars(config)}
+        if arm in UPSAMPLE:
+            run["before"] = before_training(config, experiment.pictures)
+        run["checkpoints"] = measured(config, experiment.pictures, ("raw", "ema") if arm in UPSAMPLE else ("raw",))
+        kept.write_text(json.dumps(run), encoding="utf-8")
+    found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+    return found
 
 
 def mean_and_spread(values: Sequence[float], digits: int) -> str:
@@ -142,9 +165,8 @@ def average_lines(runs: dict[str, list[dict[str, Any]]]) -> list[str]:
         cells = []
         for key, digits in (("psnr", 2), ("ssim", 3)):
             series = [[row[weights][key] for row in run["checkpoints"]] for run in every]
-            halves = [values[len(values) // 2 :] for values in series]
-            moves = [statistics.mean(abs(b - a) for a, b in itertools.pairwise(v)) for v in halves if len(v) > 1]
-            cells.append(mean_and_spread([statistics.mean(values) for values in halves], digits))
+            moves = [statistics.mean(abs(b - a) for a, b in itertools.pairwise(v)) for v in series if len(v) > 1]
+            cells.append(mean_and_spread([statistics.mean(values) for values in series], digits))
             cells.append(mean_and_spread(moves or [0.0], digits))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
@@ -173,6 +195,7 @@ def spectral_lines(runs: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 def figure(experiment: Experiment, count: int = 3) -> Image.Image:
     """Pictures of the first seed's runs: input, both doublings before and after training, truth; enlarged twice."""
+    count = min(count, len(experiment.pictures["testA"]))
     columns = {"phone": experiment.pictures["testA"][:count]}
     for arm in UPSAMPLE:
         config = experiment.task.config(arm, 0, experiment.work)
@@ -199,32 +222,20 @@ def main() -> None:
     experiment, facts = Experiment(task, arguments.work), provenance()
     runs: dict[str, list[dict[str, Any]]] = {}
     for seed in range(seeds):
-        for arm in (*UPSAMPLE, *SPECTRAL):
-            config = task.config(arm, seed, arguments.work)
-            if not finished(config, steps):
-                run_training(config, batched=True)
-            run: dict[str, Any] = {"seed": seed, "scalars": scalars(config)}
-            if arm in UPSAMPLE:
-                run["before"] = before_training(config, experiment.pictures)
-                run["checkpoints"] = measured(config, experiment.pictures)
-            else:
-                file = step_checkpoints(config.run_dir)[-1]
-                translator = cyclegan_fast.load(file, device="cpu", precision="fp32", weights="raw")
-                made = translated(translator, experiment.pictures["testA"], "AtoB")
-                run["checkpoints"] = [{"step": steps, "raw": compared(made, experiment.pictures["truthB"])}]
+        for arm in (*UPSAMPLE, *(SPECTRAL if seed < arguments.critics else ())):
+            run = done(experiment, arm, seed)
             runs.setdefault(arm.name, []).append(run)
             last = run["checkpoints"][-1]["raw"]
             print(f"{arm.name}, seed {seed}: PSNR {last['psnr']:.2f} dB, contrast {last['contrast']}", flush=True)
     inputs = {name: compared(experiment.pictures[name], experiment.pictures["truthB"]) for name in ("testA", "truthB")}
-    what = (
-        f"{seeds} seeds, {steps} steps at {size} pixels, batch 1, ngf 8, 1 block; mean ± standard deviation over seeds"
-    )
+    what = f"{steps} steps at {size} pixels, batch 1, ngf 8, 1 block; mean ± standard deviation over"
+    critics = min(seeds, arguments.critics)
     lines = [
         "# Options of the networks and of training",
         "",
         as_text(facts),
         "",
-        f"Synthetic flowers, {what}.",
+        f"Synthetic flowers, {what} {seeds} seeds, with critics {critics}.",
         *("", "## Doublings", "", *upsample_lines(runs, inputs)),
         *("", f"## Averaged weights, decay {DECAY}, second half of the runs above", "", *average_lines(runs)),
         *("", "## A Wasserstein critic without gradient penalty", "", *spectral_lines(runs)),
