@@ -22,6 +22,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -207,7 +208,7 @@ class _FileMap(_Map):
 
     def read(self, top: int, bottom: int) -> Tensor:
         rows = torch.empty(bottom - top, self.width, self.channels, dtype=self.dtype)
-        view = memoryview(rows.view(torch.uint8).numpy()).cast("B")
+        view = _bytes(rows)
         self._file.seek(top * self._row)
         done = 0
         while done < len(view):
@@ -219,11 +220,17 @@ class _FileMap(_Map):
 
     def write(self, top: int, rows: Tensor) -> None:
         dense = rows[0].permute(1, 2, 0).contiguous().cpu()
-        view = memoryview(dense.view(torch.uint8).numpy()).cast("B")
+        view = _bytes(dense)
         self._file.seek(top * self._row)
         done = 0
         while done < len(view):
             done += self._file.write(view[done:])
+
+
+def _bytes(rows: Tensor) -> memoryview:
+    """The memory of a dense tensor of any type."""
+    array: Any = rows.flatten().view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 # ---- layers as sources of rows
@@ -513,7 +520,8 @@ class _Walk:
                 raise ValueError(f"a generator with {type(layer).__name__} cannot be translated in tiles")
             if not isinstance(layer, ResnetBlock):
                 self._spare = None
-        return self._result(rows, *picture.shape[2:], torch.promote_types(weights, torch.float32))
+        height, width = picture.shape[2:]
+        return self._result(rows, height, width, torch.promote_types(weights, torch.float32))
 
     def _norm(self, rows: _Rows, norm: InstanceNorm, *, relu: bool) -> _Normed:
         """The statistics of a map, which is kept on the way if the plan says so, and the norm by them."""
