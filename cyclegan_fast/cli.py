@@ -108,8 +108,25 @@ def _add_translate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         "--truncate", action="store_true", help="cut pixel values off instead of rounding, as the de-facto code does"
     )
     translate.add_argument("--which", default="latest", help="checkpoint of a run: latest, best or epoch-N")
+    _add_size_options(translate)
     _add_execution_options(translate)
     translate.set_defaults(run=_translate)
+
+
+def _add_size_options(translate: argparse.ArgumentParser) -> None:
+    translate.add_argument(
+        "--scale",
+        metavar="N|train",
+        help="translate at a short side of N pixels, or of the training's pictures, and return to full size with the "
+        "picture's own detail; see docs/full_size.md",
+    )
+    translate.add_argument(
+        "--max-memory",
+        metavar="SIZE",
+        help="most that a translation may take beside the loaded model, such as 4GB: larger pictures are computed in "
+        "bands, with the same result (default: what is free)",
+    )
+    translate.add_argument("--tile", type=int, metavar="ROWS", help="compute in bands of so many rows in any case")
 
 
 def _add_figures(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -201,8 +218,10 @@ def _train_config(arguments: argparse.Namespace) -> tuple[Config, bool]:
 
 def _translate(arguments: argparse.Namespace) -> int:
     from cyclegan_fast.inference.files import translate_files
+    from cyclegan_fast.inference.memory import parse_size
     from cyclegan_fast.inference.translate import load
 
+    max_memory = None if arguments.max_memory is None else parse_size(arguments.max_memory)
     translator = load(
         arguments.checkpoint, which=arguments.which, device=arguments.device, precision=arguments.precision
     )
@@ -216,11 +235,18 @@ def _translate(arguments: argparse.Namespace) -> int:
         quality=arguments.quality,
         overwrite=arguments.overwrite,
         truncate=arguments.truncate,
+        scale=_scale(arguments.scale),
+        tile=arguments.tile,
+        max_memory=max_memory,
     )
     print(f"{len(result.done)} pictures written to {arguments.out}")
     for path, reason in result.failed:
         print(f"not translated: {shown(path)}: {shown(reason)}", file=sys.stderr)
     return 1 if result.failed else 0
+
+
+def _scale(text: str | None) -> int | str | None:
+    return int(text) if text is not None and text.isdecimal() and len(text) < 10 else text
 
 
 def _figure_curves(arguments: argparse.Namespace) -> int:

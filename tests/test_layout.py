@@ -54,6 +54,7 @@ ALLOWED = {
         *("data.loader", "distributed"),
         *(f"training.{name}" for name in ("checkpoint", "experiment", "monitor", "state")),
     },
+    "inference.tiles": {"device", "errors", "models.reference", "ops", "progress"},
     "inference": {"atomic", "config", "data", "device", "errors", "inference", "models", "training.checkpoint"},
     "evaluation": {"atomic", "data.photo", "errors", "evaluation", "inference.translate", "training.checkpoint"},
     "roofline": {"atomic", "data.store", "machine"},

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
@@ -15,7 +16,8 @@ from tqdm import tqdm
 from cyclegan_fast.data.photo import Photo, PhotoError, open_photo, save_photo
 from cyclegan_fast.errors import InputError
 from cyclegan_fast.inference.paths import FORMATS, Job, collect, output_name, plan_jobs
-from cyclegan_fast.inference.translate import Translator
+from cyclegan_fast.inference.tiles import band_bar
+from cyclegan_fast.inference.translate import Execution, Translator
 
 __all__ = ["Result", "translate_files"]
 
@@ -39,6 +41,9 @@ def translate_files(
     quality: int = 95,
     overwrite: bool = False,
     truncate: bool = False,
+    scale: int | str | None = None,
+    tile: int | None = None,
+    max_memory: int | None = None,
     progress: bool = True,
 ) -> Result:
     """Translate photographs from files to files of the same size, with their EXIF.
@@ -47,18 +52,21 @@ def translate_files(
     fixed part of a pattern, sub-folders are kept. What lies in ``out_dir`` is not taken up when that is inside one of
     the folders. An output is named after its input, with ``suffix`` added to the stem, in the input's format or the
     one named by ``format`` (one of FORMATS); HEIC becomes JPEG, and pictures with alpha become PNG where the input's
-    format has none. ``quality`` (1 to 100) is that of lossy formats; ``truncate`` is as in ``Translator.translate``.
+    format has none. ``quality`` (1 to 100) is that of lossy formats; ``truncate``, ``scale``, ``tile`` and
+    ``max_memory`` are as in ``Translator.translate``.
 
     A file that fails does not stop the others. Refused for their file alone are also an output that exists (without
     ``overwrite``), one that another input writes already, one that is itself among the inputs, and one that a link
     would lead out of ``out_dir``. Links to folders are not followed below folders and by ``**``. The next picture is
     decoded and the last one encoded while the network runs; three pictures at most are held.
 
-    Raises InputError for a wrong direction, format, quality or suffix, for no inputs at all, and when ``out_dir``
+    Raises InputError for a wrong direction, format, quality, suffix or size, for no inputs at all, and when ``out_dir``
     cannot be created.
     """
     translator.channels(direction)
+    translator.short_side(scale)
     _check_options(inputs, suffix, format, quality)
+    Execution(scale, tile, max_memory)  # raises for what is not allowed
     out = Path(out_dir)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -69,7 +77,8 @@ def translate_files(
     jobs, refused = plan_jobs(found, out, lambda name: output_name(name, suffix, format, alpha), overwrite)
     result = Result([], failed + refused)
     with tqdm(total=len(jobs), unit="picture", file=sys.stderr, disable=not progress, dynamic_ncols=True) as bar:
-        for job, reason in _translate_jobs(translator, jobs, direction, truncate, quality):
+        options = {"truncate": truncate, "scale": scale, "tile": tile, "max_memory": max_memory}
+        for job, reason in _translate_jobs(translator, jobs, direction, options, quality, progress):
             if reason is None:
                 result.done.append(job.target)
             else:
@@ -79,7 +88,12 @@ def translate_files(
 
 
 def _translate_jobs(
-    translator: Translator, jobs: Sequence[Job], direction: str, truncate: bool, quality: int
+    translator: Translator,
+    jobs: Sequence[Job],
+    direction: str,
+    options: dict[str, Any],
+    quality: int,
+    progress: bool,
 ) -> Iterator[tuple[Job, str | None]]:
     """Each job with None, or why it failed, in order. One thread reads ahead by one picture, another writes behind."""
     channels = translator.channels(direction)[0]
@@ -89,7 +103,8 @@ def _translate_jobs(
             reason = ""
             try:
                 photo = reading.result()
-                image = translator.translate(photo.image, direction, truncate=truncate)
+                with band_bar(job.source.name, shown=progress) as step:
+                    image = translator.translate(photo.image, direction, progress=step, **options)
             except (ValueError, OSError, MemoryError) as error:
                 reason = _reason(error)
             if saving is not None:

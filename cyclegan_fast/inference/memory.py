@@ -55,7 +55,9 @@ def _group_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/s
         try:
             used = int((group / "memory.current").read_text(encoding="ascii"))
             cached = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(encoding="ascii"), re.M)
-            left.append(int((group / "memory.max").read_text(encoding="ascii")) - used + int(cached[1] if cached else 0))
+            left.append(
+                int((group / "memory.max").read_text(encoding="ascii")) - used + int(cached[1] if cached else 0)
+            )
         except (OSError, ValueError):  # no limit ("max"), or no such file at the root
             pass
         if group == root:

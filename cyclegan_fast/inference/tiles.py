@@ -17,7 +17,9 @@ more, bands take 3 q (half-resolution maps kept), 2 q (two quarter-resolution ma
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -29,14 +31,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cyclegan_fast.device import AUTOCAST
+from cyclegan_fast.errors import shown as shown_name
 from cyclegan_fast.models import reference
 from cyclegan_fast.models.reference import InstanceNorm, ResnetBlock, SameConv2d
+from cyclegan_fast.ops.instance_norm import runs_kernels
 from cyclegan_fast.ops.reflect_conv import reflect_conv2d
+from cyclegan_fast.progress import Bar
 
-__all__ = ["Plan", "Progress", "as_input", "can_tile", "plan_tiles", "translate_tiled", "whole_bytes"]
+__all__ = [
+    "Plan",
+    "Progress",
+    "as_input",
+    "band_bar",
+    "can_tile",
+    "plan_tiles",
+    "row_filters",
+    "translate_tiled",
+    "whole_bytes",
+]
 
 # Called after each band with the bands done, all bands, and the share of the work that is done.
 Progress = Callable[[int, int, float], None]
+
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]"
 
 # Elementwise work goes over so many bytes at a time, which stay in the cache from one operation to the next.
 _CACHED = 4 * 2**20
@@ -44,7 +61,7 @@ _CACHED = 4 * 2**20
 _BAND = 32 * 2**20
 _LEAST_TILE = 4
 # Maps of a band's chain of layers that are in memory at once, and rows of their halos; by measurement, see the tests.
-_BAND_MAPS, _HALO_ROWS = 5, 32
+_BAND_MAPS, _HALO_ROWS = 6, 32
 
 
 @dataclass(frozen=True)
@@ -68,16 +85,20 @@ def can_tile(generator: nn.Module) -> bool:
     return isinstance(generator, reference.ResnetGenerator)
 
 
-def whole_bytes(generator: nn.Module, height: int, width: int, precision: str, fused: bool) -> int:
+def whole_bytes(generator: nn.Module, height: int, width: int, precision: str, device: torch.device) -> int:
     """Estimated peak memory of the generator over one whole picture, without weights and input; by measurement.
 
-    The fused execution holds two maps of ngf channels at full size: a convolution's result and the next one's input.
-    The reference also holds the norm's input and difference in float32.
+    At the last norm three maps of ngf channels at full size, or what takes as much, are there: its input, its result,
+    and what they came from. The reference computes norms in float32 under autocast too.
     """
-    filters = next((weight.shape[0] for weight in generator.parameters() if weight.ndim == 4), 0)
-    element = 2 if precision in AUTOCAST else 4
-    maps = 2 * element if fused else 12 + (0 if element == 4 else 2)
-    return height * width * (filters * maps + 4 * 4)
+    reduced = AUTOCAST.get(precision)
+    if reduced is None:
+        maps = 3 * 4
+    else:
+        impl = getattr(generator, "impl", "reference")
+        fused = impl == "fused" or (impl == "auto" and runs_kernels(device, reduced))
+        maps = 3 * 2 if fused else 3 * 4 + 2
+    return height * width * (row_filters(generator) * maps + 4 * 4)
 
 
 def plan_tiles(
@@ -121,15 +142,16 @@ def _tiles(row: int) -> list[int]:
 
 def _row_bytes(generator: nn.Module, width: int, precision: str) -> int:
     """A row of a hidden map, which is the same at full, half and quarter size."""
-    return (width + 8) * _filters(generator) * (2 if precision in AUTOCAST else 4)
+    return (width + 8) * row_filters(generator) * (2 if precision in AUTOCAST else 4)
 
 
 def _quarter_bytes(generator: nn.Module, height: int, width: int, precision: str) -> int:
     return (height // 4 + 2) * _row_bytes(generator, width, precision)
 
 
-def _filters(generator: nn.Module) -> int:
-    return next(weight.shape[0] for weight in generator.parameters() if weight.ndim == 4)
+def row_filters(network: nn.Module) -> int:
+    """Filters of a network's first convolution, which stand at full size; 0 without convolutions."""
+    return next((weight.shape[0] for weight in network.parameters() if weight.ndim == 4), 0)
 
 
 @torch.inference_mode()
@@ -159,6 +181,19 @@ def as_input(picture: Tensor, device: torch.device, dtype: torch.dtype = torch.f
     """uint8 or floating point in [-1, 1] as what a network takes on its device."""
     x = picture.to(device)
     return x.to(dtype).div_(127.5).sub_(1) if x.dtype == torch.uint8 else x.to(dtype)
+
+
+@contextlib.contextmanager
+def band_bar(name: str, *, shown: bool = True) -> Iterator[Progress]:
+    """What draws a progress bar on standard error for one picture, once it has taken three seconds."""
+    with Bar(total=100, unit="%", desc=shown_name(name), file=sys.stderr, disable=not shown, delay=3, leave=False,
+             dynamic_ncols=True, bar_format=_BAR) as bar:  # fmt: skip
+
+        def step(done: int, bands: int, share: float) -> None:
+            bar.set_postfix_str(f"band {done}/{bands}", refresh=False)
+            bar.update(round(100 * share, 1) - bar.n)
+
+        yield step
 
 
 # ---- maps that are kept

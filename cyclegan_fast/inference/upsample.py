@@ -22,7 +22,7 @@ from cyclegan_fast.inference.tiles import as_input
 
 __all__ = ["enlarge", "shrink", "small_size"]
 
-_RADIUS, _EPS = 2, 1e-3
+_RADIUS, _EPS = 1, 1e-2
 # Values of the full-size picture that are in work at once.
 _AT_ONCE = 2**22
 
@@ -47,9 +47,7 @@ def shrink(picture: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 @torch.inference_mode()
-def enlarge(
-    translated: Tensor, small: Tensor, picture: Tensor, *, radius: int = _RADIUS, eps: float = _EPS
-) -> Tensor:
+def enlarge(translated: Tensor, small: Tensor, picture: Tensor, *, radius: int = _RADIUS, eps: float = _EPS) -> Tensor:
     """The translation [N, K, h, w] of `small` at the size of the picture, whose detail it takes.
 
     small [N, C, h, w] is `shrink` of picture [N, C, H, W], uint8 or in [-1, 1]. radius: of the windows, in small
