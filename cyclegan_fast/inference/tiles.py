@@ -53,6 +53,8 @@ __all__ = [
 # Called after each band with the bands done, all bands, and the share of the work that is done.
 Progress = Callable[[int, int, float], None]
 
+# Seconds before a bar is drawn, and how.
+_BAR_AFTER = 3.0
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]"
 
 # Elementwise work goes over so many bytes at a time, which stay in the cache from one operation to the next.
@@ -117,12 +119,12 @@ def plan_tiles(
     tile: as in `Plan`, chosen here if None. Whether the plan fits is for the caller to check by its ``bytes``.
     """
     row, quarter = _row_bytes(generator, width, precision), _quarter_bytes(generator, height, width, precision)
-    tiles = [tile] if tile is not None else _tiles(row)
+    tiles = [min(rows, height + _HALO_ROWS) for rows in ([tile] if tile is not None else _tiles(row))]
     result = 9 * height * width * 3  # float32, one more for its 8 bits, and what is finite
 
     def plan(kept: int, storage: str, rows: int) -> Plan:
         maps = quarter * (3 if kept == 2 else 2)
-        working = row * (_BAND_MAPS * rows + _HALO_ROWS) + 3 * _CACHED + result
+        working = row * (_BAND_MAPS * rows + _HALO_ROWS) + 3 * min(_CACHED, row * rows) + result
         held = maps if storage == "device" else 0
         return Plan(rows, kept, storage, held + working, maps if storage == "host" else 0)
 
@@ -185,9 +187,9 @@ def as_input(picture: Tensor, device: torch.device, dtype: torch.dtype = torch.f
 
 @contextlib.contextmanager
 def band_bar(name: str, *, shown: bool = True) -> Iterator[Progress]:
-    """What draws a progress bar on standard error for one picture, once it has taken three seconds."""
-    with Bar(total=100, unit="%", desc=shown_name(name), file=sys.stderr, disable=not shown, delay=3, leave=False,
-             dynamic_ncols=True, bar_format=_BAR) as bar:  # fmt: skip
+    """What draws a progress bar on standard error for one picture, once that has taken a while."""
+    look = {"bar_format": _BAR, "delay": _BAR_AFTER, "leave": False, "dynamic_ncols": True, "unit": "%"}
+    with Bar(total=100, desc=shown_name(name), file=sys.stderr, disable=not shown, **look) as bar:
 
         def step(done: int, bands: int, share: float) -> None:
             bar.set_postfix_str(f"band {done}/{bands}", refresh=False)

@@ -5,9 +5,9 @@ is fitted as a linear function of the picture's colours,
 
     translated = A picture + b        over a window of (2 radius + 1)^2, with A held small by `eps`,
 
-and A and b, which are smooth, are enlarged instead of the translation and applied to the picture at full size. Where the
-translation keeps an edge the full-size edge comes back; where it blurs a background, A is near zero there and nothing
-does. What the fit leaves over at the small size is enlarged and added, so that nothing the network drew is lost.
+and A and b, which are smooth, are enlarged instead of the translation and applied to the picture at full size. Where
+the translation keeps an edge the full-size edge comes back; where it blurs a background, A is near zero there and
+nothing does. What the fit leaves over at the small size is enlarged and added: nothing the network drew is lost.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def shrink(picture: Tensor, size: tuple[int, int]) -> Tensor:
         F.interpolate(as_input(rows, rows.device), (rows.shape[2], size[1]), mode="bicubic", antialias=True)
         for rows in (picture[:, :, top:bottom] for top, bottom in _bands(picture))
     ]
-    return F.interpolate(torch.cat(narrow, 2), size, mode="bicubic", antialias=True).clamp_(-1, 1)
+    small: Tensor = F.interpolate(torch.cat(narrow, 2), size, mode="bicubic", antialias=True)
+    return small.clamp_(-1, 1)
 
 
 @torch.inference_mode()
@@ -110,7 +111,8 @@ def _enlarged_rows(fields: Tensor, top: int, bottom: int, height: int, width: in
     below = (above + 1).clamp_(max=small - 1)
     share = (position - above)[:, None].float()
     rows = torch.lerp(fields[:, :, above], fields[:, :, below], share)
-    return F.interpolate(rows, (bottom - top, width), mode="bilinear", align_corners=False)
+    wide: Tensor = F.interpolate(rows, (bottom - top, width), mode="bilinear", align_corners=False)
+    return wide
 
 
 def _bands(picture: Tensor) -> Iterator[tuple[int, int]]:
