@@ -62,7 +62,7 @@ summary() {
         [ -s "$OUT/tests.log" ] && { echo '```'; tail -n 25 "$OUT/tests.log"; echo '```'; echo; }
         [ -s "$WORK/verified" ] && { echo '```'; cat "$WORK/verified"; echo '```'; echo; }
         [ -s "$WORK/paper" ] && { echo '```'; cat "$WORK/paper"; echo '```'; echo; }
-        for table in "$WORK/step.md" "$WORK/model.md" "$WORK/translate.md" "$WORK/overhead.md" "$OUT/ops.md"; do
+        for table in "$WORK"/{step,model,translate,photo,overhead}.md "$OUT/ops.md"; do
             [ -s "$table" ] && { cat "$table"; echo; }
         done
     } >"$OUT/summary.md"

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from cyclegan_fast.device import AUTOCAST
 from cyclegan_fast.errors import shown as shown_name
 from cyclegan_fast.models import reference
-from cyclegan_fast.models.reference import InstanceNorm, ResnetBlock, SameConv2d
+from cyclegan_fast.models.reference import InstanceNorm, ResnetBlock, SameConv2d, SameConvTranspose2d
 from cyclegan_fast.ops.instance_norm import runs_kernels
 from cyclegan_fast.ops.reflect_conv import reflect_conv2d
 from cyclegan_fast.progress import Bar
@@ -56,6 +56,11 @@ Progress = Callable[[int, int, float], None]
 # Seconds before a bar is drawn, and how.
 _BAR_AFTER = 3.0
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]"
+
+_LAYERS = (
+    *(reference.ReflectionPad2d, nn.Conv2d, SameConv2d, nn.ConvTranspose2d, SameConvTranspose2d),
+    *(InstanceNorm, ResnetBlock, nn.ReLU, nn.Tanh),
+)
 
 # Elementwise work goes over so many bytes at a time, which stay in the cache from one operation to the next.
 _CACHED = 4 * 2**20
@@ -83,8 +88,11 @@ class Plan:
 
 
 def can_tile(generator: nn.Module) -> bool:
-    """Whether `translate_tiled` knows the network: the residual generators of this package."""
-    return isinstance(generator, reference.ResnetGenerator)
+    """Whether `translate_tiled` knows the network: the residual generators of this package, of the layers known here.
+
+    Layers are told by their exact type: one that is derived from a convolution may do more than convolve.
+    """
+    return isinstance(generator, reference.ResnetGenerator) and all(type(layer) in _LAYERS for layer in generator.model)
 
 
 def whole_bytes(generator: nn.Module, height: int, width: int, precision: str, device: torch.device) -> int:
@@ -166,8 +174,10 @@ def translate_tiled(
     evaluation mode on `device`, to be called under the autocast that it should run in. Returns [1, out_channels, H, W]
     on `device` in float32 (float64 for float64 weights). Raises ValueError for another network, shape or mode.
     """
-    if not isinstance(generator, reference.ResnetGenerator):
-        raise ValueError(f"only residual generators are translated in tiles, not {type(generator).__name__}")
+    if not isinstance(generator, reference.ResnetGenerator) or not can_tile(generator):
+        raise ValueError(
+            f"only residual generators of known layers are translated in tiles, not this {type(generator).__name__}"
+        )
     if generator.training:
         raise ValueError("the generator is in training mode: call eval() first")
     if picture.ndim != 4 or picture.shape[0] != 1 or picture.shape[1] != generator.in_channels or 0 in picture.shape:
@@ -553,8 +563,6 @@ class _Walk:
                 rows = self._block(rows, layer, dtype, impl)
             elif isinstance(layer, nn.Tanh):
                 rows = _Tanh(rows)
-            elif not isinstance(layer, nn.ReLU):
-                raise ValueError(f"a generator with {type(layer).__name__} cannot be translated in tiles")
             if not isinstance(layer, ResnetBlock):
                 self._spare = None
         height, width = picture.shape[2:]

@@ -159,10 +159,22 @@ def test_progress_reaches_the_end_in_even_steps() -> None:
     assert shares[0] < 0.05
 
 
+def test_layers_that_are_not_known_are_not_taken_for_those_they_derive_from() -> None:
+    class Blurred(torch.nn.Conv2d):
+        pass
+
+    network = generator()
+    assert tiles.can_tile(network)
+    network.model[1] = Blurred(3, 8, 7)
+    assert not tiles.can_tile(network)
+    with pytest.raises(ValueError, match="of known layers"):
+        translate_tiled(network, random_picture(16, 16), PLANS[0], device=CPU)
+
+
 @pytest.mark.parametrize(
     ("network", "picture", "plan", "message"),
     [
-        (PatchDiscriminator(ndf=4), (1, 3, 64, 64), PLANS[0], "only residual generators .* not PatchDiscriminator"),
+        (PatchDiscriminator(ndf=4), (1, 3, 64, 64), PLANS[0], "only residual generators .* this PatchDiscriminator"),
         (generator().train(), (1, 3, 64, 64), PLANS[0], "training mode"),
         (generator(), (2, 3, 64, 64), PLANS[0], r"shape \[2, 3, 64, 64\], not \[1, 3, H, W\]"),
         (generator(), (1, 1, 64, 64), PLANS[0], r"shape \[1, 1, 64, 64\]"),
