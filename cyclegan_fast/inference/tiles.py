@@ -140,8 +140,8 @@ def plan_tiles(
     if host_limit is not None:
         plans += [plan(kept, "host", rows) for kept in (2, 4) for rows in tiles]
     plans += [plan(4, "file", rows) for rows in tiles]
-    fits = (one for one in plans if one.bytes <= limit and one.host_bytes <= (host_limit or 0))
-    return next(fits, min(plans, key=lambda one: one.bytes))
+    plans = [one for one in plans if one.host_bytes <= (host_limit or 0)]
+    return next((one for one in plans if one.bytes <= limit), min(plans, key=lambda one: one.bytes))
 
 
 def _tiles(row: int) -> list[int]:

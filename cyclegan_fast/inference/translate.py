@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -278,6 +279,11 @@ class Translator:
                     translate_tiled(network, picture, plan, device=self.device, progress=execution.progress)
                     for picture in batch.split(1)
                 ]
+        except OSError as error:
+            raise TranslationError(
+                f"a temporary file in {tempfile.gettempdir()} cannot be used: {error.strerror or error}; name another "
+                "folder by TMPDIR, or allow more memory"
+            ) from error
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from cyclegan_fast.cli import main
 from cyclegan_fast.device import arithmetic
 from cyclegan_fast.inference import memory, tiles
 from cyclegan_fast.inference.tiles import Plan, plan_tiles, translate_tiled
+from cyclegan_fast.inference.translate import TranslationError
 from cyclegan_fast.models import PatchDiscriminator, ResnetGenerator
 
 CPU = torch.device("cpu")
@@ -242,6 +244,17 @@ def test_the_limit_on_memory_holds(limit: int) -> None:
     assert taken < limit < estimate / 2
 
 
+def test_a_full_disk_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    model, pixels = translator(), noise(64, 64)
+    limit = plan_tiles(model.G_A, 64, 64, "fp32", limit=0).bytes
+    monkeypatch.setattr(tiles._FileMap, "write", full)
+    with pytest.raises(TranslationError, match="temporary file in .* No space left on device; name another .* TMPDIR"):
+        model.translate(pixels, max_memory=limit)
+
+
 def test_available_memory_heeds_control_groups(tmp_path: Path) -> None:
     root, own = tmp_path / "cgroup", tmp_path / "own"
     group = root / "a" / "b"
@@ -294,8 +307,9 @@ def test_the_command_line_takes_the_options(tmp_path: Path, capfd: pytest.Captur
 def test_the_bar_counts_bands(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "_BAR_AFTER", 0)
     with tiles.band_bar("a\nb.jpg") as step:
-        step(1, 4, 0.3)
-        step(4, 4, 1.0)
+        for done in (1, 4):
+            time.sleep(0.15)  # it is drawn ten times a second at most
+            step(done, 4, done / 4)
     said = capfd.readouterr().err
     assert "a\\nb.jpg: " in said
     assert "band 4/4" in said
