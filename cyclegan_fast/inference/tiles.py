@@ -198,7 +198,7 @@ def as_input(picture: Tensor, device: torch.device, dtype: torch.dtype = torch.f
 @contextlib.contextmanager
 def band_bar(name: str, *, shown: bool = True) -> Iterator[Progress]:
     """What draws a progress bar on standard error for one picture, once that has taken a while."""
-    look = {"bar_format": _BAR, "delay": _BAR_AFTER, "leave": False, "dynamic_ncols": True, "unit": "%"}
+    look: dict[str, Any] = {"bar_format": _BAR, "delay": _BAR_AFTER, "leave": False, "dynamic_ncols": True, "unit": "%"}
     with Bar(total=100, desc=shown_name(name), file=sys.stderr, disable=not shown, **look) as bar:
 
         def step(done: int, bands: int, share: float) -> None:
@@ -252,6 +252,10 @@ class _FileMap(_Map):
         self._row = width * channels * dtype.itemsize
         self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - lives as long as the map
         os.truncate(self._file.fileno(), height * self._row)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError):  # where it could not be opened
+            self._file.close()
 
     def read(self, top: int, bottom: int) -> Tensor:
         rows = torch.empty(bottom - top, self.width, self.channels, dtype=self.dtype)

@@ -81,7 +81,8 @@ def _linear_fit(guide: Tensor, target: Tensor, radius: int, eps: float) -> tuple
     """A [N, C, K, h, w] and b [N, K, h, w]: equations 5 and 6 of the paper for a guide of C channels, then averaged."""
 
     def mean(x: Tensor) -> Tensor:
-        return F.avg_pool2d(x, 2 * radius + 1, 1, radius, count_include_pad=False)
+        means: Tensor = F.avg_pool2d(x, 2 * radius + 1, 1, radius, count_include_pad=False)
+        return means
 
     def products(a: Tensor, b: Tensor) -> Tensor:
         """Covariances [N, h, w, C, K] over each window."""
@@ -91,7 +92,8 @@ def _linear_fit(guide: Tensor, target: Tensor, radius: int, eps: float) -> tuple
     ridge = eps * torch.eye(guide.shape[1], dtype=guide.dtype, device=guide.device)
     gain = torch.linalg.solve(products(guide, guide) + ridge, products(guide, target)).permute(0, 3, 4, 1, 2)
     offset = mean(target) - (gain * mean(guide)[:, :, None]).sum(1)
-    return mean(gain.flatten(1, 2)).unflatten(1, gain.shape[1:3]), mean(offset)
+    smooth: Tensor = mean(gain.flatten(1, 2)).unflatten(1, gain.shape[1:3])
+    return smooth, mean(offset)
 
 
 def _applied(gain: Tensor, offset: Tensor, guide: Tensor) -> Tensor:
