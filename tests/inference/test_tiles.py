@@ -295,7 +295,7 @@ def test_the_command_line_takes_the_options(tmp_path: Path, capfd: pytest.Captur
 
     plain = written()
     assert np.abs(written("--tile", "5") - plain).max() <= 1
-    assert np.abs(written("--max-memory", "100kB") - plain).max() <= 1
+    assert np.abs(written("--max-memory", "145kB") - plain).max() <= 1
     scaled = written("--scale", "20")
     np.testing.assert_array_equal(scaled, translator().translate(noise(40, 60), scale=20))
     assert np.abs(scaled - plain).max() > 5
