@@ -38,9 +38,10 @@ from torch.nn.parallel import DistributedDataParallel
 from cyclegan_fast import distributed
 from cyclegan_fast.config import Config, from_dict
 from cyclegan_fast.training.build import NETWORKS, build_networks, build_state, resolved_impl
+from cyclegan_fast.training.cyclegan import CycleGANState, Fakes, discriminator_pass, generator_pass
 from cyclegan_fast.training.image_pool import ImagePool
 from cyclegan_fast.training.reduction import BucketReduction
-from cyclegan_fast.training.step import Fakes, StepBatch, TrainState, discriminator_pass, generator_pass, train_step
+from cyclegan_fast.training.step import StepBatch, train_step
 
 _PROCESSES = 2
 
@@ -78,7 +79,7 @@ class Waiting(BucketReduction):
 class GeneratorLoss(nn.Module):
     """The generators' loss as one forward pass, which is what DistributedDataParallel can wrap."""
 
-    def __init__(self, state: TrainState) -> None:
+    def __init__(self, state: CycleGANState) -> None:
         super().__init__()
         self.G_A, self.G_B = state.G_A, state.G_B
         self._state = [state]  # in a list: its other networks are no part of this module
@@ -91,7 +92,7 @@ class GeneratorLoss(nn.Module):
 class DiscriminatorLoss(nn.Module):
     """The discriminators' loss as one forward pass."""
 
-    def __init__(self, state: TrainState, batch: StepBatch) -> None:
+    def __init__(self, state: CycleGANState, batch: StepBatch) -> None:
         super().__init__()
         self.D_A, self.D_B = state.D_A, state.D_B
         self._others = state, batch
@@ -101,7 +102,7 @@ class DiscriminatorLoss(nn.Module):
         return discriminator_pass(state, batch, Fakes(fake_A, fake_B), 0)[0]
 
 
-def wrapped_step(state: TrainState, batch: StepBatch) -> Callable[[], Any]:
+def wrapped_step(state: CycleGANState, batch: StepBatch) -> Callable[[], Any]:
     """A step by DistributedDataParallel, in the order that it allows."""
     # Some parameters have no gradient (biases before a norm); that these stay the same is what static_graph says.
     # There are no buffers that could be broadcast.
@@ -152,7 +153,7 @@ def contestants(config: Config, device: torch.device, batch: StepBatch) -> dict[
     return {**calls, "DDP": wrapped_step(_state(config, device)[1], batch)}
 
 
-def _state(config: Config, device: torch.device) -> tuple[dict[str, nn.Module], TrainState]:
+def _state(config: Config, device: torch.device) -> tuple[dict[str, nn.Module], CycleGANState]:
     modules = build_networks(config, resolved_impl(config, "fp32", device), device)
     pools = {name: ImagePool(0) for name in ("A", "B")}
     state = build_state(config, modules, modules, pools, "fp32", device)

@@ -52,7 +52,13 @@ from cyclegan_fast.config import from_dict
 from cyclegan_fast.device import AUTOCAST, resolve_precision
 from cyclegan_fast.models import build_discriminators, build_generators
 from cyclegan_fast.training.image_pool import ImagePool
-from cyclegan_fast.training.step import Objective, StepBatch, TrainState, train_step
+from cyclegan_fast.training.step import StepBatch, train_step
+
+try:
+    from cyclegan_fast.training.cyclegan import CycleGANState, Objective
+except ImportError:  # an earlier revision, see `compare`
+    from cyclegan_fast.training.step import Objective  # type: ignore[attr-defined,no-redef]
+    from cyclegan_fast.training.step import TrainState as CycleGANState  # type: ignore[assignment]
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -164,7 +170,7 @@ def our_step(
     return lambda: train_step(state, next(batches), measure=True)  # as the trainer does
 
 
-def _earlier_state(task: Task, precision: str, mode: str) -> TrainState:
+def _earlier_state(task: Task, precision: str, mode: str) -> CycleGANState:
     """The state of a step in a revision that kept its making to itself; see `compare`."""
     if mode == "graph":
         raise NotHereError("this revision has no graph mode")
@@ -180,13 +186,13 @@ def _earlier_state(task: Task, precision: str, mode: str) -> TrainState:
     pools = ImagePool(50), ImagePool(50)
     G_A, G_B, D_A, D_B = made
     optimizer_G, optimizer_D = optimisers
-    return TrainState(
-        G_A,
-        G_B,
-        D_A,
-        D_B,
-        optimizer_G,
-        optimizer_D,
+    return CycleGANState(
+        G_A=G_A,
+        G_B=G_B,
+        D_A=D_A,
+        D_B=D_B,
+        optimizer_G=optimizer_G,
+        optimizer_D=optimizer_D,
         exchange_A=pools[0].exchange,
         exchange_B=pools[1].exchange,
         objective=Objective(identity=task.identity),
@@ -195,7 +201,7 @@ def _earlier_state(task: Task, precision: str, mode: str) -> TrainState:
     )
 
 
-def _graph_step(task: Task, state: TrainState) -> Callable[[], Any]:
+def _graph_step(task: Task, state: CycleGANState) -> Callable[[], Any]:
     """The step as the trainer records it, from stores on the device: crop, flip and draws are part of it."""
     import numpy as np
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cyclegan_fast.errors import InputError
     from cyclegan_fast.inference.translate import Translator, load
     from cyclegan_fast.models.fused import PatchDiscriminator, PixelDiscriminator, ResnetGenerator
+    from cyclegan_fast.models.unet import UnetGenerator
     from cyclegan_fast.training.trainer import train
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "PixelDiscriminator",
     "ResnetGenerator",
     "Translator",
+    "UnetGenerator",
     "__version__",
     "load",
     "load_config",
@@ -45,6 +47,7 @@ _HOMES = {
     "PixelDiscriminator": "models.fused",
     "ResnetGenerator": "models.fused",
     "Translator": "inference.translate",
+    "UnetGenerator": "models.unet",
     "load": "inference.translate",
     "load_config": "config",
     "train": "training.trainer",

@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_translate(commands)
     _add_figures(commands)
     _add_data(commands)
+    _add_weights(commands)
     doctor = commands.add_parser("doctor", help="say what this machine and this installation can do")
     doctor.add_argument(
         "--measure",
@@ -80,6 +81,12 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     train.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings beside the file's")
     train.add_argument("--config", metavar="FILE", help="YAML file, see configs/")
     train.add_argument(
+        "--from-options",
+        metavar="FILE",
+        help="train as the train_opt.txt of the de-facto implementation says, which the overrides may change",
+    )
+    train.add_argument("--print", action="store_true", help="print the settings as YAML, and stop")
+    train.add_argument(
         "--resume",
         nargs="?",
         const="",
@@ -96,18 +103,35 @@ def _add_translate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         help="translate pictures with a trained model",
         description="Translate files, folders and glob patterns; size and metadata are kept. Goes on past a bad file.",
     )
-    translate.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder or checkpoint file")
+    translate.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="run folder, checkpoint file, or de-facto weights (folder or file)"
+    )
     translate.add_argument("inputs", nargs="+", metavar="INPUT", help="picture, folder or glob pattern")
     translate.add_argument("-o", "--out", required=True, metavar="DIR", help="folder for the results")
     translate.add_argument("--direction", choices=("AtoB", "BtoA"), default="AtoB")
-    translate.add_argument("--format", choices=("jpg", "png", "tif", "webp", "avif"), help="default: the input's")
-    translate.add_argument("--quality", type=int, default=95, metavar="1..100", help="of lossy formats (default 95)")
+    translate.add_argument(
+        "--seed", type=int, metavar="N", help="which of many translations, for Augmented CycleGAN (default 0)"
+    )
+    translate.add_argument(
+        "--format", choices=("jpg", "png", "tif", "webp", "avif", "heic", "bmp"), help="default: the input's"
+    )
+    _add_output_options(translate)
     translate.add_argument("--suffix", default="", help="appended to each name, before the extension")
     translate.add_argument("--overwrite", action="store_true", help="replace results that exist")
     translate.add_argument(
         "--truncate", action="store_true", help="cut pixel values off instead of rounding, as the de-facto code does"
     )
-    translate.add_argument("--which", default="latest", help="checkpoint of a run: latest, best or epoch-N")
+    translate.add_argument(
+        "--which",
+        default="latest",
+        help="checkpoint of a run: latest, best or epoch-N; of weights: latest, N or iter_N",
+    )
+    translate.add_argument(
+        "--weights",
+        choices=("auto", "ema", "raw"),
+        default="auto",
+        help="averaged weights (see training.ema) or those of the last step; default: averaged if there are any",
+    )
     _add_size_options(translate)
     _add_execution_options(translate)
     translate.set_defaults(run=_translate)
@@ -127,6 +151,26 @@ def _add_size_options(translate: argparse.ArgumentParser) -> None:
         "bands, with the same result (default: what is free)",
     )
     translate.add_argument("--tile", type=int, metavar="ROWS", help="compute in bands of so many rows in any case")
+
+
+def _add_output_options(translate: argparse.ArgumentParser) -> None:
+    translate.add_argument("--quality", type=int, default=95, metavar="1..100", help="of lossy formats (default 95)")
+    translate.add_argument(
+        "--chroma",
+        choices=("420", "422", "444"),
+        help="resolution of colour (default: 444 for JPEG and AVIF, else 420)",
+    )
+    translate.add_argument("--lossless", action="store_true", help="of WebP and HEIC; PNG and TIFF always are")
+    translate.add_argument(
+        "--depth", choices=("8", "16", "same"), default="same", help="bits a channel (default: the input's)"
+    )
+    translate.add_argument(
+        "--profile", choices=("srgb", "original"), default="srgb", help="colours of the results (default srgb)"
+    )
+    translate.add_argument(
+        "--gray", choices=("keep", "model"), default="keep", help="gray pictures stay gray, or as the model has it"
+    )
+    translate.add_argument("--keep-times", action="store_true", help="give the results the files' times")
 
 
 def _add_figures(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -174,6 +218,35 @@ def _add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     scan.set_defaults(run=_data_scan)
 
 
+def _add_weights(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    weights = commands.add_parser(
+        "weights",
+        help="import, export and show weights of the de-facto implementation",
+        description="SOURCE: a *_net_*.pth or .safetensors file, a folder of them, a run folder or a checkpoint.",
+    )
+    kinds = weights.add_subparsers(required=True, metavar="KIND")
+    imported = kinds.add_parser("import", help="make a run folder, or a .ckpt file, of de-facto weights")
+    imported.add_argument("source", metavar="SOURCE")
+    imported.add_argument("-o", "--out", required=True, metavar="RUN", help="run folder, or file that ends in .ckpt")
+    exported = kinds.add_parser("export", help="write networks as the de-facto implementation reads them")
+    exported.add_argument("source", metavar="SOURCE")
+    exported.add_argument("-o", "--out", required=True, metavar="DIR", help="folder for LABEL_net_G_A.pth and so on")
+    exported.add_argument("--label", default="latest", help="epoch to call them: latest, N or iter_N (default latest)")
+    exported.add_argument("--format", choices=("pth", "safetensors"), default="pth")
+    exported.add_argument("--direction", choices=("AtoB", "BtoA"), help="this generator only, as LABEL_net_G.pth")
+    exported.add_argument(
+        "--weights", choices=("auto", "ema", "raw"), default="auto", help="averaged weights if there are any, or not"
+    )
+    exported.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    show = kinds.add_parser("show", help="say what was recognised, and the settings of such networks")
+    show.add_argument("source", metavar="SOURCE")
+    for kind in (imported, exported, show):
+        kind.add_argument("--which", default="latest", help="latest, N or iter_N; of a run latest, best or epoch-N")
+    imported.set_defaults(run=_weights_import)
+    exported.set_defaults(run=_weights_export)
+    show.set_defaults(run=_weights_show)
+
+
 def _train(arguments: argparse.Namespace) -> int:
     if arguments.help_config:
         print(reference_page(), end="")
@@ -181,6 +254,8 @@ def _train(arguments: argparse.Namespace) -> int:
     config, resume = _train_config(arguments)
     if _is_main():
         print(to_yaml(config), flush=True)
+    if arguments.print:
+        return 0
 
     from cyclegan_fast.heartbeat import LOST_STATUS, LostRankError
     from cyclegan_fast.training.health import NonFiniteLossError
@@ -204,6 +279,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _train_config(arguments: argparse.Namespace) -> tuple[Config, bool]:
     """The configuration meant by the arguments, and whether to resume."""
+    if arguments.from_options is not None:
+        return _options_config(arguments), False
     if not arguments.resume:
         return load_config(arguments.config, arguments.overrides), arguments.resume is not None
     if "=" in arguments.resume:  # `--resume a.b=c`: argparse took the first override for the run folder
@@ -216,6 +293,18 @@ def _train_config(arguments: argparse.Namespace) -> tuple[Config, bool]:
     return load_config(run / "config.yaml", [*place, *arguments.overrides]), True
 
 
+def _options_config(arguments: argparse.Namespace) -> Config:
+    """The configuration that a de-facto options file stands for; what it cannot take over is printed."""
+    from cyclegan_fast.options_file import read_options
+
+    if arguments.config is not None or arguments.resume is not None:
+        raise ConfigError("--from-options stands in the place of --config, and begins a run: leave out the others")
+    overrides, notes = read_options(arguments.from_options)
+    for note in notes if _is_main() else ():
+        logging.warning("%s: %s", shown(arguments.from_options), shown(note))
+    return load_config(None, [*overrides, *arguments.overrides])
+
+
 def _translate(arguments: argparse.Namespace) -> int:
     from cyclegan_fast.inference.files import translate_files
     from cyclegan_fast.inference.memory import parse_size
@@ -223,16 +312,26 @@ def _translate(arguments: argparse.Namespace) -> int:
 
     max_memory = None if arguments.max_memory is None else parse_size(arguments.max_memory)
     translator = load(
-        arguments.checkpoint, which=arguments.which, device=arguments.device, precision=arguments.precision
+        arguments.checkpoint,
+        which=arguments.which,
+        device=arguments.device,
+        precision=arguments.precision,
+        weights=arguments.weights,
     )
     result = translate_files(
-        translator,
+        translator if arguments.seed is None else translator.styled(arguments.seed),
         arguments.inputs,
         arguments.out,
         direction=arguments.direction,
         suffix=arguments.suffix,
         format=arguments.format,
         quality=arguments.quality,
+        chroma=arguments.chroma,
+        lossless=arguments.lossless,
+        depth="same" if arguments.depth == "same" else int(arguments.depth),
+        profile=arguments.profile,
+        gray=arguments.gray,
+        keep_times=arguments.keep_times,
         overwrite=arguments.overwrite,
         truncate=arguments.truncate,
         scale=_scale(arguments.scale),
@@ -328,6 +427,39 @@ def _data_scan(arguments: argparse.Namespace) -> int:
     scans = scan_dataset(Path(arguments.root), unreadable="skip", full=arguments.full, progress=True)
     print(report(scans))
     return 1 if any(scan.bad for scan in scans.values()) else 0
+
+
+def _weights_import(arguments: argparse.Namespace) -> int:
+    from cyclegan_fast.inference.weights import describe, import_weights
+
+    file, weights = import_weights(arguments.source, arguments.out, arguments.which)
+    print(f"{describe(weights)}\n{file}")
+    return 0
+
+
+def _weights_export(arguments: argparse.Namespace) -> int:
+    from cyclegan_fast.inference.weights import export_weights
+
+    files = export_weights(
+        arguments.source,
+        arguments.out,
+        which=arguments.which,
+        label=arguments.label,
+        file_format=arguments.format,
+        direction=arguments.direction,
+        weights=arguments.weights,
+        overwrite=arguments.overwrite,
+    )
+    for file in files:
+        print(file)
+    return 0
+
+
+def _weights_show(arguments: argparse.Namespace) -> int:
+    from cyclegan_fast.inference.weights import report
+
+    print(report(arguments.source, arguments.which))
+    return 0
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

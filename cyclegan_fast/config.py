@@ -76,8 +76,10 @@ class DataConfig:
 
     source: str = _option(
         "folder",
-        "where pictures come from: `folder` reads data.root, `synthetic` renders flowers once and then reads them",
-        choices=("folder", "synthetic"),
+        "where pictures come from: `folder` reads data.root; `side_by_side` reads pictures there that hold one of A in "
+        "their left half and its partner of B in the right, in folders train and, if there is one, test or val; "
+        "`synthetic` renders flowers once and then reads them",
+        choices=("folder", "side_by_side", "synthetic"),
     )
     root: str = _option(
         "datasets/iphone2dslr_flower",
@@ -88,6 +90,13 @@ class DataConfig:
     synthetic_test: int = _option(24, "synthetic only: test pictures a domain, count", low=1, high=1_000_000)
     synthetic_size: int = _option(128, "synthetic only: side of the square pictures, pixels", low=16, high=4096)
     synthetic_seed: int = _option(0, "synthetic only: seed of the scenes", low=0, high=2**63 - 1)
+    synthetic_styles: int = _option(
+        1,
+        "synthetic only: colour grades of domain B, count; each of its pictures has one of them, which domain A does "
+        "not tell: for many-to-many translation",
+        low=1,
+        high=64,
+    )
     limit_train: int | None = _option(
         None, "use a random subset of this many training pictures a domain, chosen by `seed`; null for all", low=1
     )
@@ -117,8 +126,10 @@ class DataConfig:
         "unpaired",
         "unpaired: an epoch visits the larger set once, in shuffled order, A modulo its size and B drawn with "
         "replacement; ordered: the i-th of A with the i-th of B (modulo), shuffled together; zip: two shuffles side "
-        "by side, as long as the smaller set (the Keras example)",
-        choices=("unpaired", "ordered", "zip"),
+        "by side, as long as the smaller set (the Keras example); aligned: each of A with the picture of B of the same "
+        "name (whatever its suffix), cropped and mirrored alike, as pix2pix needs them; with source `synthetic`, both "
+        "cameras see the same scenes",
+        choices=("unpaired", "ordered", "zip", "aligned"),
     )
     frozen_augmentation: bool = _option(
         False, "draw each picture's crop and flip once and keep it for all epochs (the Keras example caches them)"
@@ -138,27 +149,64 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The two generators and the two discriminators."""
+    """What is learned, and the networks that learn it."""
 
+    method: str = _option(
+        "cyclegan",
+        "`cyclegan`: both directions from unpaired pictures; `pix2pix`: one direction from aligned pairs; `augmented`: "
+        "both directions from unpaired pictures, each translation chosen by a random latent code (Augmented CycleGAN)",
+        choices=("cyclegan", "pix2pix", "augmented"),
+    )
+    direction: str = _option("AtoB", "pix2pix only: which way it translates", choices=("AtoB", "BtoA"))
+    latent: int = _option(8, "augmented only: numbers in the latent code of a picture, count", low=1, high=1024)
     preset: str = _option(
         "original",
         "`original`: the de-facto PyTorch networks; `keras`: those of the Keras example, which differ in biases, "
         "affine norms, paddings and initialisation",
         choices=("original", "keras"),
     )
+    generator: str = _option(
+        "resnet",
+        "`resnet`: the paper's, with residual blocks; `unet_N`: a U-Net that halves the picture until N pixels are one "
+        "position, 256 or 128 in pix2pix; a picture whose sides are no multiples of N is extended, and cut again",
+        choices=("resnet", *(f"unet_{2**downs}" for downs in range(5, 11))),
+    )
+    affine: bool = _option(
+        False,
+        "norms with a scale and a shift for each channel, and no biases before them; `keras` has them in any case. One "
+        "pair at a time, that is what the de-facto `--norm batch` computes",
+    )
     channels_A: int = _option(3, "channels of domain A: 1 gray, 2 gray + alpha, 3 RGB, 4 RGB + alpha", low=1, high=4)
     channels_B: int = _option(3, "channels of domain B, likewise", low=1, high=4)
     blocks: int = _option(
-        9, "residual blocks of a generator, count (de facto: 9, or 6 for small pictures)", low=1, high=1000
+        9, "resnet only: residual blocks of a generator, count (de facto: 9, or 6 for small pictures)", low=1, high=1000
     )
     ngf: int = _option(64, "filters of a generator's first convolution, count", low=1, high=4096)
     ndf: int = _option(64, "filters of a discriminator's first convolution, count", low=1, high=4096)
-    dropout: bool = _option(False, "dropout 0.5 inside the residual blocks")
+    upsample: str = _option(
+        "transposed",
+        "how a generator doubles the sides: `transposed` convolutions, as the de-facto networks, or nearest-neighbour "
+        "`resize` and a convolution, which draws no checkerboards (docs/options.md)",
+        choices=("transposed", "resize"),
+    )
+    dropout: bool = _option(
+        False, "dropout 0.5 inside the residual blocks, or behind the upward steps of a U-Net that are 8 ngf wide"
+    )
     discriminator: str = _option(
         "patch", "`patch`: PatchGAN, 70x70 with 3 layers; `pixel`: 1x1 convolutions only", choices=("patch", "pixel")
     )
     discriminator_layers: int = _option(3, "stride-2 layers of the patch discriminator, count", low=1, high=8)
+    spectral_norm: bool = _option(
+        False,
+        "the discriminators' weights divided by their largest singular value, by one power iteration a step "
+        "(docs/options.md)",
+    )
     init_gain: float = _option(0.02, "standard deviation of the normal initialisation of the weights", above=0)
+    init_from: str | None = _option(
+        None,
+        "a new run starts from these weights instead: a run folder, a checkpoint, or a `.pth` or `.safetensors` file, "
+        "or folder of these, of the de-facto implementation. Networks that it lacks are initialised as usual",
+    )
 
 
 @dataclass(frozen=True)
@@ -170,10 +218,18 @@ class LossConfig:
         "adversarial loss: least squares, binary cross-entropy on logits, hinge, or Wasserstein with gradient penalty",
         choices=("lsgan", "vanilla", "hinge", "wgangp"),
     )
-    cycle_A: float = _option(10.0, "weight of the cycle loss A -> B -> A", low=0)
-    cycle_B: float = _option(10.0, "weight of the cycle loss B -> A -> B", low=0)
+    cycle_A: float = _option(10.0, "weight of the cycle loss A -> B -> A (pix2pix has none)", low=0)
+    cycle_B: float = _option(10.0, "weight of the cycle loss B -> A -> B (pix2pix has none)", low=0)
     identity: float = _option(
-        0.5, "identity loss relative to the cycle weights; 0 leaves out its two generator passes", low=0
+        0.5,
+        "cyclegan only: identity loss relative to the cycle weights; 0 leaves out its two generator passes",
+        low=0,
+    )
+    l1: float = _option(100.0, "pix2pix only: weight of the L1 distance from the true picture", low=0)
+    latent: float = _option(
+        1.0,
+        "augmented only: weight of the cycle loss of the codes, the L1 distance after code -> picture -> code",
+        low=0,
     )
     gradient_penalty: float = _option(10.0, "wgangp only: weight of the gradient penalty", low=0)
     generator_gradient: str = _option(
@@ -215,6 +271,13 @@ class TrainingConfig:
     beta1: float = _option(0.5, "Adam's decay of the first moment", low=0, high=0.999999)
     beta2: float = _option(0.999, "Adam's decay of the second moment", low=0, high=0.999999)
     adam_eps: float = _option(1e-8, "Adam's epsilon", above=0)
+    ema: float = _option(
+        0.0,
+        "keep averages of the generators' weights, whose decay a step this is, 0.999 say, and use them for samples, "
+        "`best` and translation; they change nothing in training. 0: none",
+        low=0,
+        high=0.999999,
+    )
     pool_size: int = _option(
         50, "generated pictures kept a domain for the discriminators; 0: none", low=0, high=1_000_000
     )
@@ -298,7 +361,8 @@ class CheckpointConfig:
     best: str = _option(
         "cycle",
         "measure by which a `best` checkpoint is kept, on the fixed test samples: `cycle` (L1 of A -> B -> A and "
-        "B -> A -> B), `generator` (the generators' whole loss), or `none`",
+        "B -> A -> B; with pix2pix, which has no cycle, L1 from the true picture), `generator` (the generators' whole "
+        "loss), or `none`",
         choices=("cycle", "generator", "none"),
     )
 
@@ -630,13 +694,56 @@ def _check_together(config: Config) -> None:
             f"training.accumulate = {training.accumulate} and training.global_batch = {training.global_batch}: the "
             "accumulation follows from the global batch, leave it at 1"
         )
-    if config.loss.identity > 0 and model.channels_A != model.channels_B:
+    _check_method(config)
+    if model.method == "cyclegan" and config.loss.identity > 0 and model.channels_A != model.channels_B:
         raise ConfigError(
             f"loss.identity = {config.loss.identity} needs equal channels, but model.channels_A = {model.channels_A} "
             f"and model.channels_B = {model.channels_B}: set loss.identity=0"
         )
+    _check_generator(config)
     parts = Path(config.name).parts
     if len(parts) != 1 or parts[0] in (".", "..") or Path(config.name).is_absolute():
         raise ConfigError(f"name = {config.name!r} is not allowed: one folder name, without `/` or `..`")
     if any(epoch < 1 for epoch in config.checkpoint.milestones):
         raise ConfigError(f"checkpoint.milestones = {list(config.checkpoint.milestones)}: epochs count from 1")
+
+
+def _check_generator(config: Config) -> None:
+    """Refuse settings that a U-Net does not have."""
+    model = config.model
+    if model.generator == "resnet":
+        return
+    for name, value, only in (
+        ("model.preset", model.preset, "original"),
+        ("model.upsample", model.upsample, "transposed"),
+        ("training.recompute", config.training.recompute, False),
+    ):
+        if value != only:
+            raise ConfigError(
+                f"{name} = {value!r} is not possible with model.generator={model.generator}: leave it out"
+            )
+    if model.method == "augmented":
+        raise ConfigError(
+            f"model.generator = {model.generator!r} is not possible with model.method=augmented: use resnet"
+        )
+
+
+def _check_method(config: Config) -> None:
+    """Refuse what a method of training cannot do."""
+    data, model, training = config.data, config.model, config.training
+    if model.method == "pix2pix" and data.pairing != "aligned":
+        raise ConfigError(f"data.pairing = {data.pairing!r}: model.method=pix2pix needs data.pairing=aligned")
+    if data.source == "side_by_side" and data.pairing != "aligned":
+        raise ConfigError(f"data.pairing = {data.pairing!r}: data.source=side_by_side needs data.pairing=aligned")
+    if model.method == "augmented":
+        for name, value, plain in (
+            ("training.mode", training.mode, "compile"),
+            ("training.recompute", training.recompute, True),
+            ("loss.generator_gradient", config.loss.generator_gradient, "own"),
+        ):
+            if value == plain:
+                raise ConfigError(f"{name} = {value!r} is not possible with model.method=augmented: leave it out")
+    if model.method == "pix2pix" and config.loss.generator_gradient == "own":
+        raise ConfigError(
+            "loss.generator_gradient = 'own' is about cycles, of which model.method=pix2pix has none: leave it out"
+        )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -22,6 +24,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cyclegan_fast import tensor_file
 from cyclegan_fast.config import ConfigError, from_dict, load_config, to_dict
 from cyclegan_fast.data import store as store_module
 from cyclegan_fast.data.folder import DataError, list_images, report, scan_dataset, scan_folder
@@ -30,6 +33,7 @@ from cyclegan_fast.data.store import Preprocess, open_store
 from cyclegan_fast.errors import InputError, shown
 from cyclegan_fast.inference.files import translate_files
 from cyclegan_fast.inference.translate import Translator, load
+from cyclegan_fast.inference.weights import WeightsError
 from cyclegan_fast.models import build_generators
 from cyclegan_fast.training import checkpoint as ckpt
 from cyclegan_fast.training.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
@@ -392,7 +396,7 @@ def test_what_would_not_be_read_is_not_written(tmp_path: Path, monkeypatch: pyte
     path = tmp_path / "a.ckpt"
     write_checkpoint(path, content())
     before = path.read_bytes()
-    monkeypatch.setattr(ckpt, "_DIRECTORY_BYTES", 1000)
+    monkeypatch.setattr(tensor_file, "DIRECTORY_BYTES", 1000)
     with pytest.raises(CheckpointError, match=r"cannot write the checkpoint .*a\.ckpt: .* at most 1000"):
         write_checkpoint(path, content())
     assert path.read_bytes() == before
@@ -429,6 +433,146 @@ def test_a_model_that_the_weights_cannot_be_is_not_built(tmp_path: Path, setting
     write_checkpoint(path, {"config": tree, "G_A": G_A.state_dict(), "G_B": G_B.state_dict(), "position": position})
     with pytest.raises(CheckpointError, match=r"a\.ckpt"):
         load(path, device="cpu")
+
+
+# --- weights of others ------------------------------------------------------------------------------------------------
+
+
+def legacy(
+    path: Path, value: bytes, *, names: list[str] | None = None, elements: bytes = bytes(16), count: int = 4
+) -> Path:
+    """A file as PyTorch wrote it until 1.5, whatever it holds."""
+    machine = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
+    head = b"".join(pickle.dumps(part, protocol=2) for part in (tensor_file._LEGACY_MAGIC, 1001, machine))
+    rest = pickle.dumps(["0"] if names is None else names, protocol=2) + struct.pack("<q", count) + elements
+    path.write_bytes(head + value + rest)
+    return path
+
+
+class OldPickler(pickle.Pickler):
+    """Describes the elements of a tensor as it was until PyTorch 1.5, by six values."""
+
+    def persistent_id(self, obj: Any) -> Any:
+        if not isinstance(obj, Elements):
+            return None
+        return ("storage", torch.FloatStorage, obj.record, "cpu", obj.count, None)
+
+
+def old(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    OldPickler(buffer, protocol=2).dump(value)
+    return buffer.getvalue()
+
+
+def safetensors_header(path: Path, header: bytes, length: int | None = None) -> Path:
+    path.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + bytes(16))
+    return path
+
+
+def test_legacy_files_are_read_when_nothing_is_wrong_with_them(tmp_path: Path) -> None:
+    path = legacy(tmp_path / "a.pth", old({"w": Forged(Elements(4), 1, (3, 1), (1, 3))}), elements=bytes(range(16)))
+    read, name = tensor_file.read_tensors(path)
+    assert name == "torch.save before PyTorch 1.6"
+    assert read["w"].shape == (3, 1)
+    assert read["w"].numpy().tobytes() == bytes(range(4, 16))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(Call(os.system, "true"), Call(eval, "1"), Call(bytearray, 1 << 40), Call(torch.Tensor, 1 << 40)),
+        *(torch.nn.Linear, complex(1, 2), {1, 2}, b"bytes", Call(torch._utils._rebuild_parameter, 1, True, {})),
+    ],
+    ids=lambda call: getattr(call.call[0], "__name__", "call") if isinstance(call, Call) else repr(call),
+)
+@pytest.mark.parametrize("write", [forged, legacy], ids=["zip", "legacy"])
+def test_weights_run_nothing(write: Callable[..., Path], value: Any, tmp_path: Path) -> None:
+    instructions = (pickled if write is forged else old)({"model.0.weight": value})
+    path = (
+        write(tmp_path / "a.pth", instructions)
+        if write is forged
+        else write(tmp_path / "a.pth", instructions, names=[])
+    )
+    if write is forged:
+        path.write_bytes(path.read_bytes()[: -ckpt._COMMENT_BYTES - 2] + bytes(2))
+    with pytest.raises(WeightsError, match=r"a\.pth holds more than tensors and plain values, which is never loaded"):
+        load(path)
+
+
+@needs_proc
+def test_weights_bombs_take_neither_memory_nor_time(tmp_path: Path) -> None:
+    def place(name: str, suffix: str = "pth") -> Path:
+        return tmp_path / f"{name}.{suffix}"
+
+    def zipped(name: str, *arguments: Any, **options: Any) -> Path:
+        path = forged(place(name), *arguments, **options)
+        path.write_bytes(path.read_bytes()[: -ckpt._COMMENT_BYTES - 2] + bytes(2))  # without a comment
+        return path
+
+    one = Forged(Elements(4), 0, (4,), (1,))
+    wide = Forged(Elements(4), 0, (1 << 45, 3, 7, 7), (0, 0, 0, 0))
+    huge, whole = Forged(Elements(1 << 40), 0, (4,), (1,)), place("whole")
+    torch.save({"model.1.weight": torch.zeros(1000)}, whole)
+    cut, huge_file = place("cut"), place("huge")
+    cut.write_bytes(whole.read_bytes()[:-500])
+    with huge_file.open("wb") as file:
+        file.write(b"PK\3\4")
+        file.seek(1 << 42)
+        file.write(b"\0")
+    os.mkfifo(place("pipe"))
+    blocks = {
+        f"model.{10 + i}.conv_block.1.weight": Forged(Elements(4), 0, (0, 0, 3, 3), (1, 1, 1, 1)) for i in range(3_000)
+    }
+    cases = {
+        zipped("deflated", holding(1), elements=bytes(50_000_000), compression=zipfile.ZIP_DEFLATED): "compressed",
+        zipped("laughs", pickled({"a": doubled(60)})): "more than 1000000 values",
+        zipped("declared", pickled({"model.1.weight": huge})): "do not take 16 bytes",
+        zipped("repeated", pickled({"model.0.weight": wide})): "does not lie",
+        zipped("blocks", pickled(blocks)): "3000 residual blocks; at most 1000 are read",
+        legacy(place("old declared"), old({"w": huge})): "do not lie at byte",
+        legacy(place("old count"), old({"w": one}), count=1 << 50): "do not lie at byte",
+        legacy(place("old names"), old({"w": one}), names=["0", "1"]): "does not list the storages",
+        legacy(place("old cut"), old({"w": one}), elements=bytes(15)): "do not lie at byte",
+        legacy(place("old laughs"), old(doubled(60))): "does not list the storages",
+        safetensors_header(place("header", "safetensors"), b"{", 1 << 40): "a header of 1099511627776 bytes",
+        safetensors_header(
+            place("beyond", "safetensors"),
+            json.dumps({"w": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}).encode(),
+        ): "is damaged",
+        safetensors_header(place("no json", "safetensors"), b"{" * 100_000): "is damaged",
+        cut: "is damaged",
+        huge_file: "more than this machine's memory",
+        place("pipe"): "it is no file",
+    }
+    if importlib.util.find_spec("safetensors") is None:
+        cases = {path: words for path, words in cases.items() if path.suffix == ".pth"}
+    results = measured("inference.translate", "load", list(cases), limit=1.5e9)
+    for (path, words), (said, seconds, grown) in zip(cases.items(), results, strict=True):
+        assert said is not None, path
+        assert words in said, (path, said)
+        assert str(path) in said
+        assert seconds < 20, path
+        assert grown < 500 * MB, path
+
+
+def test_every_damage_to_weights_is_an_error_or_harmless(tmp_path: Path) -> None:
+    """Bytes changed and files cut at many places: an error of ours, or a file that is still read."""
+    G_A, _ = build_generators(from_dict({"model": {"ngf": 1, "blocks": 1}}).model)
+    rng = np.random.default_rng(0)
+    for modern in (True, False):
+        torch.save(G_A.state_dict(), tmp_path / "a.pth", _use_new_zipfile_serialization=modern)
+        whole = (tmp_path / "a.pth").read_bytes()
+        for trial in range(150):
+            data = bytearray(whole)
+            if trial % 3:
+                # Where instructions stand: at the beginning, and in a zip file at the end too.
+                for place in rng.integers(0, 2000, 4) * (-1 if modern and trial % 2 else 1):
+                    data[int(place)] = int(rng.integers(256))
+            else:
+                del data[int(rng.integers(len(data))) :]
+            (tmp_path / "b.pth").write_bytes(data)
+            with contextlib.suppress(InputError):
+                load(tmp_path / "b.pth", device="cpu")
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------

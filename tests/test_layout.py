@@ -20,6 +20,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 ALLOWED = {
     "atomic": set(),
     "errors": set(),
+    "tensor_file": set(),
+    "options_file": {"config", "errors"},
     "version": set(),
     "config": {"errors"},
     "machine": set(),
@@ -33,14 +35,22 @@ ALLOWED = {
     "models": {"config", "models"},
     "models.fused": {"models", "ops"},
     "training.elastic": {"atomic", "config"},
+    "training.ema": {"errors", "training.checkpoint"},
     "training.losses": set(),
     "training.schedule": set(),
     "training.image_pool": {"ops.image_pool"},
+    "training.latents": set(),
     "training.step": {"training.losses"},
-    "training.checkpoint": {"atomic", "errors"},
+    "training.cyclegan": {"training.losses", "training.step"},
+    "training.pix2pix": {"training.losses", "training.step"},
+    "training.augmented": {"training.losses", "training.pix2pix", "training.step"},
+    "training.checkpoint": {"atomic", "errors", "tensor_file"},
     "training.lock": {"errors"},
     "training.monitor": {"atomic", "models.cost", "progress", "roofline"},
-    "training.samples": {"evaluation.figures", "training.step"},
+    "training.samples": {
+        *("evaluation.figures", "training.latents", "training.step"),
+        *("training.augmented", "training.cyclegan", "training.pix2pix"),
+    },
     "training.process": {"config", "device", "distributed", "machine"},
     "training.reduction": {"distributed"},
     "training.replicas": {"distributed"},
@@ -49,26 +59,31 @@ ALLOWED = {
         *(f"training.{name}" for name in ("checkpoint", "elastic", "lock")),
     },
     "training.experiment": {"config", "data.loader", "training.checkpoint"},
-    "training.state": {"training.checkpoint", "training.image_pool", "training.step"},
+    "training.state": {"training.checkpoint", "training.ema", "training.image_pool", "training.step"},
     "training.health": {
         *("data.loader", "distributed"),
         *(f"training.{name}" for name in ("checkpoint", "experiment", "monitor", "state")),
     },
     "inference.tiles": {"device", "errors", "models.reference", "ops", "progress"},
-    "inference": {"atomic", "config", "data", "device", "errors", "inference", "models", "training.checkpoint"},
+    "inference": {
+        *("atomic", "config", "data", "device", "errors", "inference", "machine", "models", "tensor_file"),
+        *("training.checkpoint", "training.ema", "training.latents"),
+    },
     "evaluation": {"atomic", "data.photo", "errors", "evaluation", "inference.translate", "training.checkpoint"},
     "roofline": {"atomic", "data.store", "machine"},
     "doctor": {"data.store", "device", "machine", "ops", "roofline", "version"},
     "training.build": {
         *("config", "device", "distributed", "models", "ops.instance_norm"),
+        *(f"training.{name}" for name in ("augmented", "cyclegan", "pix2pix", "samples")),
         *(f"training.{name}" for name in ("image_pool", "losses", "reduction", "step")),
     },
     "training.graph": {"ops.crop_flip", "training.step"},
     "training.trainer": {
         *("config", "data.loader", "device", "distributed", "errors", "evaluation.figures", "models", "version"),
-        *(f"training.{name}" for name in ("build", "checkpoint", "elastic", "experiment", "graph", "health")),
-        *(f"training.{name}" for name in ("image_pool", "monitor", "process", "replicas", "run_folder", "samples")),
-        *("roofline", "training.schedule", "training.state", "training.step"),
+        "inference.weights",  # a run that starts from weights of others
+        *(f"training.{name}" for name in ("build", "checkpoint", "elastic", "ema", "experiment", "graph", "health")),
+        *(f"training.{name}" for name in ("image_pool", "monitor", "process", "replicas", "run_folder")),
+        *("roofline", "training.latents", "training.schedule", "training.state", "training.step"),
     },
 }
 ENTRY_POINTS = {"__init__", "__main__", "cli"}
@@ -130,7 +145,7 @@ def test_the_rule_would_see_a_wrong_import(tmp_path: Path) -> None:
 def test_public_names() -> None:
     assert set(cyclegan_fast.__all__) == {
         *("Config", "ConfigError", "InputError", "PatchDiscriminator", "PixelDiscriminator", "ResnetGenerator"),
-        *("Translator", "__version__", "load", "load_config", "ops", "train"),
+        *("Translator", "UnetGenerator", "__version__", "load", "load_config", "ops", "train"),
     }
     for name in cyclegan_fast.__all__:
         assert getattr(cyclegan_fast, name) is not None

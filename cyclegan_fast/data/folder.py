@@ -12,7 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cyclegan_fast.data.photo import EXTENSIONS, PhotoError, open_photo, read_header
@@ -20,7 +20,8 @@ from cyclegan_fast.errors import InputError, shown
 from cyclegan_fast.machine import usable_cores
 from cyclegan_fast.progress import Bar
 
-__all__ = ["SPLITS", "DataError", "Entry", "Scan", "list_images", "report", "scan_dataset", "scan_folder", "subset"]
+__all__ = ["SPLITS", "DataError", "Entry", "Scan", "align", "list_images", "report", "scan_dataset", "scan_folder"]
+__all__ += ["scan_side_by_side", "stem", "subset"]
 
 logger = logging.getLogger("cyclegan_fast.data")
 
@@ -161,6 +162,87 @@ def scan_dataset(
             logger.warning("%s: no picture that can be used: this test folder is left out", scan.folder)
             del scans[split]
     return scans
+
+
+def scan_side_by_side(root: str | Path, *, unreadable: str = "refuse", progress: bool = False) -> dict[str, Scan]:
+    """Scan train, and test or else val, below ``root``, whose pictures hold A in the left and B in the right half.
+
+    The result is as `scan_dataset` gives it, trainA and trainB being the same pictures. Raises as there.
+    """
+    root = Path(root)
+    if not (root / "train").is_dir():
+        what = "has no folder train" if root.is_dir() else "does not exist"
+        found = f"; {_found_in(root)}" if root.is_dir() else ""
+        raise DataError(
+            f"{root} {what}{found}. With data.source=side_by_side a data set has a folder train, and optionally test "
+            "or val; for folders trainA and trainB choose data.source=folder"
+        )
+    folders = {"train": root / "train"}
+    tests = [root / name for name in ("test", "val") if (root / name).is_dir()]
+    folders |= {"test": tests[0]} if tests else {}
+    scans = {name: scan_folder(folder, split=name, progress=progress) for name, folder in folders.items()}
+    _settle_bad(scans, unreadable)
+    if not scans["train"].entries:
+        raise DataError(f"{folders['train']}: no picture that can be used; {_found_in(folders['train'])}")
+    splits = [(f"{name}{domain}", scan) for name, scan in scans.items() if scan.entries for domain in "AB"]
+    return {split: replace(scan, split=split) for split, scan in splits}
+
+
+def stem(name: str) -> str:
+    """The name of a picture without its suffix, by which partners are found."""
+    return name.rpartition(".")[0]
+
+
+def align(scans: Mapping[str, Scan], unreadable: str = "refuse") -> dict[str, Scan]:
+    """The scans with each split's pictures of A and of B in the order of their pairs: those of one name, suffix apart.
+
+    ``unreadable`` says what to do about pictures without a partner: ``refuse`` raises DataError naming them, ``skip``
+    leaves them out with a warning. Raises DataError too for two pictures of one name, for a split with no pair, and
+    for testA without testB.
+    """
+    aligned: dict[str, Scan] = {}
+    for split in ("train", "test"):
+        pair = [scans[name] for name in (f"{split}A", f"{split}B") if name in scans]
+        if len(pair) == 1:
+            raise DataError(f"{pair[0].folder}: aligned pairs need both testA and testB, or neither of them")
+        if pair:
+            aligned |= _aligned(pair[0], pair[1], unreadable)
+    return aligned
+
+
+def _aligned(A: Scan, B: Scan, unreadable: str) -> dict[str, Scan]:
+    found_A, found_B = _by_stem(A), _by_stem(B)
+    alone = [(A, B, found_A[key]) for key in found_A.keys() - found_B.keys()]
+    alone += [(B, A, found_B[key]) for key in found_B.keys() - found_A.keys()]
+    lines = sorted(f"{own.folder / one.name}: no {stem(one.name)}.* in {other.folder}" for own, other, one in alone)
+    if lines and unreadable == "refuse":
+        more = f"\n  ... and {len(lines) - _LISTED} more" if len(lines) > _LISTED else ""
+        raise DataError(
+            f"data.pairing=aligned: {len(lines)} of {len(found_A) + len(found_B)} pictures have no partner of the same "
+            "name:\n" + "\n".join(f"  {shown(line)}" for line in lines[:_LISTED]) + f"{more}\nAdd the partners or "
+            "remove these; `data.unreadable=skip` leaves them out"
+        )
+    for line in lines:
+        logger.warning("left out: %s", shown(line))
+    common = sorted(found_A.keys() & found_B.keys())
+    if not common:
+        raise DataError(f"{A.folder} and {B.folder} have no picture of the same name, so there are no aligned pairs")
+    return {
+        scan.split: Scan(scan.split, scan.folder, tuple(found[key] for key in common), scan.bad)
+        for scan, found in ((A, found_A), (B, found_B))
+    }
+
+
+def _by_stem(scan: Scan) -> dict[str, Entry]:
+    found: dict[str, Entry] = {}
+    for entry in scan.entries:
+        other = found.setdefault(stem(entry.name), entry)
+        if other is not entry:
+            raise DataError(
+                f"{scan.folder}: {other.name} and {entry.name} have one name but for the suffix: aligned pairs "
+                "cannot tell which of them is the partner, so remove one"
+            )
+    return found
 
 
 def _present_splits(root: Path, need_test: bool) -> list[str]:

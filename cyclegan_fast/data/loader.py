@@ -1,4 +1,4 @@
-"""Batches of unpaired pictures on the device, each one a pure function of the step."""
+"""Batches of pictures of two domains on the device, each one a pure function of the step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from cyclegan_fast import distributed
 from cyclegan_fast.config import Config
 from cyclegan_fast.data import sampler, synthetic
-from cyclegan_fast.data.folder import DataError, Entry, Scan, scan_dataset, subset
+from cyclegan_fast.data.folder import DataError, Entry, Scan, align, scan_dataset, scan_side_by_side, stem, subset
 from cyclegan_fast.data.photo import PhotoError, open_photo
 from cyclegan_fast.data.store import Preprocess, Store, default_cache, open_store
 from cyclegan_fast.ops.crop_flip import crop_flip
@@ -84,16 +84,18 @@ class TrainingData:
 
 
 class PairLoader:
-    """Random pairs of windows from two stores, in an order that depends on the seed alone.
+    """Pairs of windows from two stores, in an order that depends on the seed alone.
 
     crop: side of the square windows, pixels, or None for whole pictures. flip: mirror with probability 1/2. pairing
-    and frozen as data.pairing and data.frozen_augmentation. rank and world_size: this process's share of each step.
+    and frozen as data.pairing and data.frozen_augmentation; aligned pictures are those of one name, suffix apart, and
+    what the other store lacks is left out. rank and world_size: this process's share of each step.
 
     resident: `always` keeps both stores on the device as they are, `never` cuts the windows on the host; `auto` is
     `always` if the pictures of each store have one size and both stores take less than a quarter of the device's free
     memory. On the CPU the resident store is the mapped file itself. The batches are the same to the bit.
 
-    Raises DataError for a crop that does not fit, and for whole pictures of several sizes with more than one a step.
+    Raises DataError for a crop that does not fit, for whole pictures of several sizes with more than one a step, and
+    for aligned pictures of different sizes.
     """
 
     length: int
@@ -124,7 +126,9 @@ class PairLoader:
         self._device = _with_index(torch.device(device))
         for store in self._stores:
             _check_store(store, crop, batch * accumulate)
-        self.length = sampler.epoch_length(len(store_A), len(store_B), pairing)
+        self._pairs = _aligned_places(store_A, store_B) if pairing == "aligned" else None
+        counts = (len(store_A), len(store_B)) if self._pairs is None else (len(self._pairs[0]),) * 2
+        self.length = sampler.epoch_length(*counts, pairing)
         self.steps_per_epoch = sampler.steps_per_epoch(self.length, batch * accumulate * world_size)
         self._positions = functools.partial(
             sampler.batch_positions,
@@ -134,7 +138,7 @@ class PairLoader:
             rank=rank,
             length=self.length,
         )
-        order = functools.partial(sampler.epoch_order, len(store_A), len(store_B), pairing=pairing, seed=seed)
+        order = functools.partial(sampler.epoch_order, *counts, pairing=pairing, seed=seed)
         # A step needs one epoch's order, and the thread that prepares ahead may already be in the next epoch.
         self._order = functools.lru_cache(maxsize=2)(lambda epoch: order(epoch=epoch))
         self._images: tuple[Tensor, Tensor] | None = None
@@ -239,12 +243,16 @@ class PairLoader:
         return Plan(A, B, epoch)
 
     def _choose(self, domain: int, index: Int64Array, epoch: int, positions: Int64Array) -> Windows:
+        """The windows of the pictures, or, where they are aligned, of the pairs `index`."""
         store = self._stores[domain]
-        flat = index.reshape(-1)
+        stream = domain if self._pairs is None else 0  # a pair has the crop and the flip of its picture of A
         if self._frozen:
-            draws = sampler.crop_draws(self._seed, 0, flat, domain)
+            draws = sampler.crop_draws(self._seed, 0, index.reshape(-1), stream)
         else:
-            draws = sampler.crop_draws(self._seed, epoch, positions.reshape(-1), domain)
+            draws = sampler.crop_draws(self._seed, epoch, positions.reshape(-1), stream)
+        if self._pairs is not None:
+            index = self._pairs[domain][index]
+        flat = index.reshape(-1)
         sizes = store.sizes[flat]
         size = (int(sizes[0, 0]), int(sizes[0, 1])) if self._crop is None else (self._crop, self._crop)
         room = sizes - size + 1
@@ -302,20 +310,29 @@ def load_samples(
     are not as many pictures. With unreadable `skip` another picture takes the place of one that cannot be decoded;
     with `refuse` DataError is raised, as it is for a picture smaller than the crop.
     """
-    count = min(count, len(entries))
-    chosen = np.linspace(0, len(entries) - 1, count).round().astype(int).tolist()
-    candidates = [*chosen, *sorted(set(range(len(entries))) - set(chosen))]
-    samples: dict[int, Tensor] = {}
+    (samples,) = _load_samples([(entries, preprocess)], count, unreadable)
+    return samples
+
+
+def _load_samples(
+    domains: Sequence[tuple[Sequence[Entry], Preprocess]], count: int, unreadable: str
+) -> list[list[Tensor]]:
+    """The samples of several domains, the i-th of each from one place: equally many, as `load_samples` has them."""
+    length = len(domains[0][0])
+    count = min(count, length)
+    chosen = np.linspace(0, length - 1, count).round().astype(int).tolist()
+    candidates = [*chosen, *sorted(set(range(length)) - set(chosen))]
+    samples: dict[int, list[Tensor]] = {}
     for i in candidates:
         if len(samples) == count:
             break
         try:
-            samples[i] = _load_sample(entries[i].path, preprocess)
+            samples[i] = [_load_sample(entries[i].path, preprocess) for entries, preprocess in domains]
         except PhotoError as error:
             if unreadable == "refuse":
                 raise DataError(f"a sample picture cannot be used: {error}") from error
             _log.warning("a sample picture is left out: %s", error)
-    return [samples[i] for i in sorted(samples)]
+    return [[samples[i][domain] for i in sorted(samples)] for domain in range(len(domains))]
 
 
 def open_training_data(
@@ -335,10 +352,16 @@ def _open_training_data(
 ) -> TrainingData:
     data, training = config.data, config.training
     scans = _scan(config, progress)
-    preprocess_A = Preprocess.from_config(data, config.model.channels_A)
-    preprocess_B = Preprocess.from_config(data, config.model.channels_B)
-    store_A, samples_A = _open_domain("A", preprocess_A, scans, config, progress)
-    store_B, samples_B = _open_domain("B", preprocess_B, scans, config, progress)
+    preprocess_A = Preprocess.from_config(data, config.model.channels_A, "A")
+    preprocess_B = Preprocess.from_config(data, config.model.channels_B, "B")
+    store_A = _open_domain("A", preprocess_A, scans, config, progress)
+    store_B = _open_domain("B", preprocess_B, scans, config, progress)
+    shown = [_sample_entries(domain, scans, config) for domain in "AB"]
+    domains = list(zip(shown, (preprocess_A, preprocess_B), strict=True))
+    if data.pairing == "aligned":
+        samples_A, samples_B = _load_samples(domains, config.monitor.samples, data.unreadable)
+    else:
+        samples_A, samples_B = (load_samples(*each, config.monitor.samples, data.unreadable) for each in domains)
     loader = PairLoader(
         store_A,
         store_B,
@@ -357,14 +380,11 @@ def _open_training_data(
     return TrainingData(loader, samples_A, samples_B, scans)
 
 
-def _open_domain(
-    domain: str, preprocess: Preprocess, scans: dict[str, Scan], config: Config, progress: bool
-) -> tuple[Store, list[Tensor]]:
-    """The training store and the fixed samples of one domain."""
+def _open_domain(domain: str, preprocess: Preprocess, scans: dict[str, Scan], config: Config, progress: bool) -> Store:
+    """The training store of one domain."""
     data = config.data
-    entries = subset(scans[f"train{domain}"].entries, data.limit_train, config.seed, domain)
-    store = open_store(
-        entries,
+    return open_store(
+        _subset(f"train{domain}", data.limit_train, scans, config),
         preprocess,
         cache=Path(data.cache) if data.cache else default_cache(),
         split=f"train{domain}",
@@ -372,9 +392,22 @@ def _open_domain(
         workers=data.workers,
         progress=progress,
     )
+
+
+def _sample_entries(domain: str, scans: dict[str, Scan], config: Config) -> tuple[Entry, ...]:
+    """The pictures that samples are taken from: the test split, or the training pictures where there is none."""
     if f"test{domain}" in scans:
-        entries = subset(scans[f"test{domain}"].entries, data.limit_test, config.seed, domain)
-    return store, load_samples(entries, preprocess, config.monitor.samples, data.unreadable)
+        return _subset(f"test{domain}", config.data.limit_test, scans, config)
+    return _subset(f"train{domain}", config.data.limit_train, scans, config)
+
+
+def _subset(split: str, limit: int | None, scans: dict[str, Scan], config: Config) -> tuple[Entry, ...]:
+    """The pictures of a split that are used; of aligned ones, the partners of those of A."""
+    if config.data.pairing != "aligned":
+        return subset(scans[split].entries, limit, config.seed, split[-1])
+    of_A = scans[f"{split[:-1]}A"].entries
+    chosen = set(subset(of_A, limit, config.seed, "A"))
+    return tuple(own for own, A in zip(scans[split].entries, of_A, strict=True) if A in chosen)
 
 
 def _scan(config: Config, progress: bool) -> dict[str, Scan]:
@@ -386,10 +419,15 @@ def _scan(config: Config, progress: bool) -> dict[str, Scan]:
             test=data.synthetic_test,
             size=data.synthetic_size,
             seed=data.synthetic_seed,
+            aligned=data.pairing == "aligned",
+            styles=data.synthetic_styles,
             workers=data.workers,
             progress=progress,
         )
-    return scan_dataset(Path(data.root), unreadable=data.unreadable, progress=progress)
+    if data.source == "side_by_side":
+        return scan_side_by_side(Path(data.root), unreadable=data.unreadable, progress=progress)
+    scans = scan_dataset(Path(data.root), unreadable=data.unreadable, progress=progress)
+    return align(scans, data.unreadable) if data.pairing == "aligned" else scans
 
 
 def _load_sample(path: Path, preprocess: Preprocess) -> Tensor:
@@ -429,6 +467,27 @@ def _check_store(store: Store, crop: int | None, together: int) -> None:
             f"whole pictures of several sizes cannot be one batch ({lines}): set training.batch=1 and "
             "training.accumulate=1, or choose a data.preprocess with a crop"
         )
+
+
+def _aligned_places(store_A: Store, store_B: Store) -> tuple[Int64Array, Int64Array]:
+    """Places of the pictures of each pair in their stores, int64 [n] each."""
+    place_B = {stem(name): i for i, name in enumerate(store_B.names)}
+    pairs = [(i, place_B[stem(name)]) for i, name in enumerate(store_A.names) if stem(name) in place_B]
+    if not pairs:
+        raise DataError("data.pairing=aligned: no picture of A has a partner of the same name in B")
+    A, B = np.array(pairs, dtype=np.int64).T
+    different = (store_A.sizes[A] != store_B.sizes[B]).any(axis=1)
+    if different.any():
+        first = int(different.argmax())
+        sides = [
+            f"{store.names[i]} of {name} has {store.sizes[i, 1]} x {store.sizes[i, 0]}"
+            for name, store, i in (("A", store_A, A[first]), ("B", store_B, B[first]))
+        ]
+        raise DataError(
+            f"data.pairing=aligned: {int(different.sum())} of {len(A)} pairs are of pictures of two sizes "
+            f"({', '.join(sides)} pixels): choose data.preprocess=resize_and_crop, or repair them"
+        )
+    return A, B
 
 
 def _keep_resident(stores: tuple[Store, Store], device: torch.device, resident: str) -> bool:

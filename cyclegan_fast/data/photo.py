@@ -1,16 +1,19 @@
-"""One photograph: a file of any common kind to upright 8-bit sRGB pixels, and back to a file with its metadata.
+"""One photograph: a file of any common kind to upright sRGB pixels, and back to a file with its metadata.
 
 What a camera writes is not what a network should see: pixels lie sideways (EXIF orientation), colours are Display P3,
-Adobe RGB or CMYK (ICC profile), gray has 16 bits, PNGs have alpha and palettes. ``open_photo`` undoes all of that;
-``save_photo`` writes a picture so that nothing is left half-written and the camera's EXIF stays with it. A file that
-cannot be used raises PhotoError and nothing else, so that one bad file among thousands is a line in a list.
+Adobe RGB or CMYK (ICC profile), gray has 16 bits, PNGs have alpha and palettes. ``open_photo`` undoes all of that, to
+8 bits; ``open_original`` does so without losing what ``save_photo`` needs to give the file back as it was: 16 bits, the
+profile, alpha, gray. A picture is saved so that nothing is left half-written and the camera's metadata stays with it. A
+file that cannot be used raises PhotoError and nothing else, so that one bad file among thousands is a line in a list.
 
-Files are told apart by their first bytes, never by their names. The functions hold no state and may run in any number
-of threads and processes at once.
+Files are told apart by their first bytes, never by their names. The functions hold no state but parsed profiles, and
+may run in any number of threads and processes at once.
 
 Limits, known and accepted:
-* Pillow decodes 16-bit colour (PNG, TIFF) to the high byte of each sample: exact for what was 8 bit once, otherwise
-  at most one level of 255 off the rounded value. 16-bit gray is rounded.
+* ``open_photo`` takes of 16-bit colour the high byte of each sample: exact for what was 8 bit once, otherwise at most
+  one level of 255 off the rounded value. 16-bit gray is rounded.
+* Read with 8 bits are AVIF of more, PPM of 16-bit colour, TIFF with planes apart, and pictures of 16 bits in a profile
+  that is not made of a matrix and curves (CMYK, Lab, scanners').
 * PNG gAMA, cHRM and cICP chunks, HEIF and AVIF nclx colours and HDR gain maps are not applied; ICC profiles are.
 * Of a JPEG, HEIF or pyramid TIFF with several pictures the main one is read; animations and multi-page TIFFs are
   refused.
@@ -32,25 +35,37 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from PIL import Image, ImageCms, ImageFile
+import numpy.typing as npt
+from PIL import Image, ImageFile
 from PIL.AvifImagePlugin import AvifImageFile
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
 from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 from PIL.PpmImagePlugin import PpmImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from cyclegan_fast.data import colour as colours
+from cyclegan_fast.data import deep
+from cyclegan_fast.data import metadata as meta
 from cyclegan_fast.errors import InputError, shown
 
 __all__ = [
+    "CHROMA",
+    "DEEP",
     "EXTENSIONS",
+    "LOSSLESS",
     "MAX_PIXELS",
     "MODES",
+    "PROFILES",
     "Header",
+    "Original",
     "Photo",
     "PhotoError",
+    "Pixels",
+    "format_to_write",
+    "open_original",
     "open_photo",
     "read_header",
     "save_photo",
@@ -58,7 +73,10 @@ __all__ = [
 
 logger = logging.getLogger("cyclegan_fast.photo")
 
+Pixels = npt.NDArray[Any]  # uint8 or uint16
+
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+PROFILES = ("srgb", "original")
 EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".jpe", ".png", ".webp", ".tif", ".tiff", ".bmp", ".heic", ".heif", ".avif", ".ppm", ".pgm"}
 )
@@ -70,9 +88,6 @@ _MAX_BYTES_AT_ONCE = 400_000_000  # of formats whose files are read into memory 
 _READ_AT_ONCE = ("JPEG", "WEBP", "AVIF", "HEIF")
 _MAX_PAGES = 100
 _MAX_SCANS = 100  # libtiff's limit too; progressive encoders write ten
-_MAX_EXIF = 16_000_000
-_MAX_PROFILE = 16_000_000
-_BAND_PIXELS = 4_000_000  # pixels whose gray values are scaled at a time
 # A marker of a JPEG file that is not part of entropy-coded data, and not the beginning of a picture.
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd8]")
 
@@ -87,6 +102,14 @@ _SAVED_AS = {
     ".avif": "AVIF",
     ".bmp": "BMP",
 }
+# Formats by what they can hold. Lossy ones name what their encoders take for the resolution of colour.
+DEEP = ("PNG", "TIFF")
+CHROMA = {"JPEG": ("420", "422", "444"), "AVIF": ("420", "422", "444"), "HEIF": ("420", "422", "444"), "WEBP": ("420",)}
+LOSSLESS = ("PNG", "TIFF", "BMP", "PPM", "WEBP", "HEIF")
+_WITHOUT_ALPHA = ("JPEG", "BMP", "PPM")
+_CMYK = ("JPEG", "TIFF")
+# Effort of the encoders: 3 times (PNG), 4 (AVIF) and 8 (HEIC) as fast as by default, for 2, 8 and 6 % larger files.
+_PNG_LEVEL, _AVIF_SPEED, _HEIF_ENCODER = 4, 8, {"preset": "ultrafast"}
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -96,13 +119,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_EXIF_HEADER = b"Exif\x00\x00"
-_ORIENTATION, _EXIF_IFD, _GPS_IFD, _COLOR_SPACE, _THUMBNAIL, _THUMBNAIL_BYTES = (
-    0x0112, 0x8769, 0x8825, 0xA001, 0x0201, 0x0202,
-)  # fmt: skip
-# What IFD0 of a TIFF says about the photograph; its other tags say how that one file stores the pixels.
-_DESCRIPTIVE_TAGS = (0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x013B, 0x8298)
-_JPEG_EXIF_LIMIT = 65_533
+_JPEG_LIMITS = {"EXIF block": 65_533, "XMP packet": 65_504, "IPTC block": 65_500}  # bytes in one segment
 
 
 class PhotoError(InputError):
@@ -143,6 +160,31 @@ class Photo:
     path: Path
 
 
+@dataclass(frozen=True)
+class Original:
+    """A decoded photograph with all that its file is to be given back with.
+
+    ``pixels``: upright sRGB, uint8 or uint16 [H, W, C]. ``alpha``: of the same dtype, [H, W], when the file has it and
+    the channels do not; ``pixels`` are white then where it is 0. ``gray``: the file holds no colour. ``bits``: 8 or 16,
+    what the file stores. ``exif``, ``xmp``, ``iptc``: for the upright picture, in sRGB or the file's own profile as
+    ``profile`` says, b"" where there is none. ``icc_profile``: the one the file had. ``times``: of last access and
+    change of the file, in nanoseconds.
+    """
+
+    pixels: Pixels = field(repr=False)
+    alpha: Pixels | None = field(repr=False)
+    gray: bool
+    bits: int
+    profile: str
+    exif: bytes = field(repr=False)
+    xmp: bytes = field(repr=False)
+    iptc: bytes = field(repr=False)
+    icc_profile: bytes | None = field(repr=False)
+    times: tuple[int, int]
+    format: str
+    path: Path
+
+
 def read_header(path: str | Path) -> Header:
     """Size, mode and format from the header alone, without decoding pixels.
 
@@ -153,7 +195,7 @@ def read_header(path: str | Path) -> Header:
     with _opened(path) as image:
         width, height = image.size
         if image.format != "TIFF":  # Pillow swaps the sides of a TIFF itself
-            orientation, _ = _upright_exif(_raw_exif(image))
+            orientation, _ = meta.upright_exif(meta.raw_exif(image))
             if orientation >= 5:
                 width, height = height, width
         return Header(width, height, image.mode, image.format or "")
@@ -170,56 +212,97 @@ def open_photo(path: str | Path, channels: int = 3) -> Photo:
 
     Raises PhotoError for whatever cannot be decoded to the last row, and ValueError for a wrong ``channels``.
     """
-    if channels not in MODES:
-        raise ValueError(f"channels = {channels!r} is not allowed: one of {', '.join(map(str, MODES))}")
+    _check_channels(channels)
     path = Path(path)
     with _opened(path) as image:
         _refuse_many_scans(path, image)
         colour, alpha = _decode(image)
         profile = image.info.get("icc_profile") or None
-        colour = _to_srgb(colour, profile, path)
+        colour = colours.to_srgb(colour, profile, path)
         picture = _with_channels(colour, alpha, channels)
-        if isinstance(image, TiffImageFile):  # Pillow has turned it already
-            exif = _tiff_exif(image, path)
-        else:
-            raw_exif = _raw_exif(image)
-            orientation, exif = _upright_exif(raw_exif)
-            if raw_exif and not exif:
-                logger.warning("%s: its EXIF block is malformed and is left out", path)
-            if orientation != 1:
-                picture = picture.transpose(_UPRIGHT[orientation])
+        orientation, exif = _orientation_and_exif(image, path, srgb=True)
+        if orientation != 1:
+            picture = picture.transpose(_UPRIGHT[orientation])
         picture.info = {}
         return Photo(picture, exif, profile, image.format or "", path)
 
 
-def save_photo(image: Image.Image, path: str | Path, *, like: Photo | None = None, quality: int = 95) -> None:
+def open_original(path: str | Path, channels: int = 3, *, bits: int | None = None, profile: str = "srgb") -> Original:
+    """Decode a photograph completely, with what ``save_photo`` needs to give it back as it was.
+
+    As ``open_photo``, but alpha is kept beside 1 or 3 channels, and the pixels have ``bits`` 8 or 16 a channel, by
+    default as many as the file stores (16 for 10 and 12). ``profile`` says what colours the result is to be saved in:
+    ``srgb``, or the file's ``original`` profile, for which the pixels have 16 bits unless that is sRGB anyway: going
+    there and back in 8 would cost a level or two. Colours outside of sRGB are clipped either way.
+
+    Raises what ``open_photo`` raises, and ValueError for wrong ``bits`` or ``profile``.
+    """
+    _check_channels(channels)
+    if bits not in (None, 8, 16):
+        raise ValueError(f"bits = {bits!r} is not allowed: 8, 16 or None")
+    if profile not in PROFILES:
+        raise ValueError(f"profile = {profile!r} is not allowed: one of {', '.join(PROFILES)}")
+    path = Path(path)
+    with _opened(path) as image:
+        _refuse_many_scans(path, image)
+        status, stored = path.stat(), deep.stored_bits(image)
+        icc = image.info.get("icc_profile") or None
+        colour, alpha, gray, exif = _srgb_pixels(image, path, icc, bits or stored, profile)
+        pixels, alpha = _arranged(colour, alpha, channels)
+        xmp, iptc = meta.xmp_of(image, path, srgb=profile == "srgb"), meta.iptc_of(image)
+        times = status.st_atime_ns, status.st_mtime_ns
+        return Original(pixels, alpha, gray, stored, profile, exif, xmp, iptc, icc, times, image.format or "", path)
+
+
+def save_photo(
+    image: Image.Image | Pixels,
+    path: str | Path,
+    *,
+    like: Photo | Original | None = None,
+    quality: int = 95,
+    chroma: str | None = None,
+    lossless: bool = False,
+    bits: int | None = None,
+    keep_times: bool = False,
+) -> None:
     """Write an sRGB picture in the format of the path's suffix, completely or not at all.
 
-    ``like`` gives its EXIF, and when it had a colour profile an sRGB profile is embedded (colour pictures only: gray
-    without a profile is understood as sRGB everywhere). ``quality`` from 1 to 100 is that of JPEG (4:4:4), WebP, AVIF
-    (4:4:4) and HEIC (4:2:0, which every phone decodes); the others are lossless. Formats without alpha get the
+    ``image`` is a PIL image or an array, uint8 or uint16, [H, W] or [H, W, C] with the channels of ``MODES``.
+    ``like`` gives its EXIF; an ``Original`` also XMP and IPTC where the format holds them, alpha when the picture has
+    none, its profile if it was opened so, and with ``keep_times`` the file's times. Otherwise an sRGB profile is
+    embedded when ``like`` had any (colour pictures only: gray without a profile is understood as sRGB everywhere).
+
+    ``quality`` from 1 to 100 is that of JPEG, WebP, AVIF and HEIC; ``lossless`` replaces it for WebP and HEIC; the
+    other formats are lossless. ``chroma`` 420, 422 or 444 is the resolution of colour: 444 by default for JPEG and
+    AVIF, 420 for HEIC (which every phone decodes) and WebP (which has no other). ``bits`` 8 or 16 a channel: by default
+    16 for uint16 pixels, unless ``like`` stores 8, where the format holds it (PNG, TIFF). Formats without alpha get the
     picture over white. The file appears under its name only when complete; a file of that name is replaced.
 
-    Raises PhotoError when the suffix names no format, the format cannot hold the picture, or the folder cannot be
-    written or is full; ValueError for a wrong ``quality``.
+    Raises PhotoError when the suffix names no format, the format cannot hold the picture or what is asked for, or the
+    folder cannot be written or is full; ValueError for a wrong ``quality`` or ``chroma``.
     """
     if not 1 <= quality <= 100:
         raise ValueError(f"quality = {quality!r} is not allowed: an integer from 1 to 100")
+    if chroma not in (None, "420", "422", "444"):
+        raise ValueError(f"chroma = {chroma!r} is not allowed: 420, 422 or 444")
     path = Path(path)
-    file_format = _SAVED_AS.get(path.suffix.lower())
-    if file_format is None:
-        known = ", ".join(sorted(_SAVED_AS))
-        raise PhotoError(path, f"the suffix {path.suffix!r} names no format that can be written: use one of {known}")
+    file_format = format_to_write(path, chroma, lossless, bits)
+    pixels = _as_pixels(image)
+    height, width = pixels.shape[:2]
     try:
-        encoded = _encode(image, path, file_format, like, quality)
+        pixels, icc = _in_profile(pixels, path, file_format, like)
+        cmyk = icc is not None and icc[16:20] == b"CMYK"
+        pixels = _with_bits(pixels, bits or _bits_for(pixels, file_format, like))
+        pixels = _with_alpha_for(pixels, file_format, like) if not cmyk else pixels
+        encoded = _encode(
+            pixels, path, file_format, _metadata_for(path, file_format, like, icc), quality, chroma, lossless
+        )
     except PhotoError:
         raise
     except Exception as error:
-        width, height = image.size
-        raise PhotoError(
-            path, f"cannot write {width}x{height} {image.mode} as {file_format}: {_words(error)}"
-        ) from error
-    _write_atomically(path, encoded)
+        reason = f"cannot write {width}x{height} {_mode_of(image)} as {file_format}: {_words(error)}"
+        raise PhotoError(path, reason) from error
+    _write_atomically(path, encoded, like.times if keep_times and isinstance(like, Original) else None)
 
 
 class _JpegFile(JpegImageFile):
@@ -390,10 +473,13 @@ def _words(error: BaseException) -> str:
 
 def _decode(image: ImageFile.ImageFile) -> tuple[Image.Image, Image.Image | None]:
     """All pixels as (colour, alpha): colour L, RGB, CMYK or LAB with 8 bits a channel, alpha L or None."""
-    rawmode = _rawmode(image)
+    rawmode = deep.rawmode(image)
     image.load()
     if image.mode.startswith("I") or image.mode == "F":
-        return _gray_to_8_bits(image)
+        levels, cover = deep.scaled_gray(image, 255)
+        return Image.fromarray(levels), None if cover is None else Image.fromarray(cover)
+    if rawmode.startswith("LA;16"):  # which Pillow expands to colour
+        return image.getchannel("R"), image.getchannel("A")
     picture: Image.Image = image
     key = picture.info.get("transparency")
     if key is not None and not isinstance(key, bytes):
@@ -411,58 +497,11 @@ def _decode(image: ImageFile.ImageFile) -> tuple[Image.Image, Image.Image | None
     return picture.convert("L" if picture.mode == "1" else "RGB"), None
 
 
-def _rawmode(image: ImageFile.ImageFile) -> str:
-    """How the samples lie in the file, in Pillow's words (`RGB;16B`, `L;2`), "" where the reader does not say."""
-    args = image.tile[0][3] if image.tile else ""
-    if isinstance(args, tuple):
-        args = args[0] if args else ""
-    return args if isinstance(args, str) else ""
-
-
 def _key_as_decoded(key: Any, rawmode: str) -> Any:
     """A PNG's transparent colour, given in samples of the file, as the 8-bit value Pillow decodes that colour to."""
     if ";16" in rawmode:
         return tuple(sample >> 8 for sample in key)
     return key * {"L;2": 85, "L;4": 17}.get(rawmode, 1)
-
-
-def _gray_to_8_bits(image: ImageFile.ImageFile) -> tuple[Image.Image, Image.Image | None]:
-    """16-bit, 32-bit and float gray, scaled so that white is 255 and rounded, with its alpha if it has any."""
-    stored: np.ndarray[Any, Any] = np.asarray(image)
-    key = image.info.get("transparency")
-    alpha = None if key is None else Image.fromarray(np.where(stored == key, np.uint8(0), np.uint8(255)))
-    tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
-    bits, sample_format = (int(tags[tag][0]) if tag in tags else default for tag, default in ((258, 16), (339, 1)))
-    rows = max(1, _BAND_PIXELS // max(1, image.width))  # the numbers take four to eight times the room of the pixels
-    bands = [stored[top : top + rows] for top in range(0, image.height, rows)]
-
-    def numbers(band: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        if image.mode == "F":
-            finite: np.ndarray[Any, Any] = np.nan_to_num(band.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-            return finite
-        if bits > 16:
-            return band.astype(np.int64) if sample_format == 2 else band.astype(np.int64) & 0xFFFFFFFF
-        return band
-
-    if image.mode == "F" or bits > 16:
-        scales = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0, 2.0**32 - 1)
-        white = _white_of(max(float(numbers(band).max()) for band in bands), scales)
-    else:
-        white = 2.0 ** (bits - (sample_format == 2)) - 1
-    levels = np.empty(stored.shape, np.uint8)
-    for index, band in enumerate(bands):
-        scaled = np.clip(numbers(band) * (255.0 / white), 0.0, 255.0)
-        if tags.get(262) == 0:  # photometric interpretation WhiteIsZero
-            scaled = 255.0 - scaled
-        levels[index * rows : index * rows + len(band)] = np.rint(scaled)
-    return Image.fromarray(levels), alpha
-
-
-def _white_of(largest: float, scales: tuple[float, ...]) -> float:
-    for white in scales:
-        if largest <= white:
-            return white
-    raise ValueError(f"float samples up to {largest:g}, for which no white level is known: scale them to 0 ... 1")
 
 
 def _with_channels(colour: Image.Image, alpha: Image.Image | None, channels: int) -> Image.Image:
@@ -479,261 +518,306 @@ def _with_channels(colour: Image.Image, alpha: Image.Image | None, channels: int
     return Image.merge(mode, (*colour.split(), alpha))
 
 
-def _to_srgb(colour: Image.Image, profile: bytes | None, path: Path) -> Image.Image:
-    """L, RGB, CMYK or LAB pixels as sRGB: L or RGB. A profile that cannot be used is left out with a warning."""
-    if profile is not None:
+def _check_channels(channels: int) -> None:
+    if channels not in MODES:
+        raise ValueError(f"channels = {channels!r} is not allowed: one of {', '.join(map(str, MODES))}")
+
+
+def _orientation_and_exif(image: ImageFile.ImageFile, path: Path, srgb: bool) -> tuple[int, bytes]:
+    """How the decoded pixels must still be turned, and the EXIF block of the upright picture."""
+    if isinstance(image, TiffImageFile):  # Pillow has turned it already
+        return 1, meta.tiff_exif(image, path, srgb)
+    raw = meta.raw_exif(image)
+    orientation, exif = meta.upright_exif(raw, srgb)
+    if raw and not exif:
+        logger.warning("%s: its EXIF block is malformed and is left out", path)
+    return orientation, exif
+
+
+def _srgb_pixels(
+    image: ImageFile.ImageFile, path: Path, icc: bytes | None, bits: int, profile: str
+) -> tuple[Pixels, Pixels | None, bool, bytes]:
+    """(sRGB [H, W] or [H, W, 3], alpha [H, W] or None, whether the file is gray, its EXIF block), upright."""
+    stored = deep.stored_bits(image)
+    curves = colours.curves_of(icc) if icc else None
+    wide = curves is not None and not curves.is_srgb
+    if profile == "original" and wide:
+        bits = 16
+    if bits == 16 and stored == 16 and icc and curves is None:
+        logger.warning("%s: its colour profile is no matrix and curves: converted with 8 bits a channel", path)
+    if bits == 16 and stored == 16 and (icc is None or curves is not None):
+        colour, alpha = deep.decode(image, path)
+        gray = colour.ndim == 2
+        orientation, exif = _orientation_and_exif(image, path, srgb=profile == "srgb")
+        colour, alpha = _turned(colour, orientation), None if alpha is None else _turned(alpha, orientation)
+    else:
+        picture, cover = _decode(image)
+        gray = picture.mode == "L"
+        orientation, exif = _orientation_and_exif(image, path, srgb=profile == "srgb")
+        if bits == 8 or not wide or picture.mode not in ("L", "RGB"):
+            picture, wide = colours.to_srgb(picture, icc, path), False
+        colour, alpha = _turned_array(picture, orientation), None
+        if cover is not None:
+            alpha = _turned_array(cover, orientation)
+    colour, alpha = _with_bits(colour, bits), None if alpha is None else _with_bits(alpha, bits)
+    if wide and curves is not None:
+        colour = _through_curves(colour, curves, path)
+    return colour, alpha, gray, exif
+
+
+def _turned_array(picture: Image.Image, orientation: int) -> Pixels:
+    """Upright pixels of a picture as stored; Pillow turns by blocks that stay in the cache."""
+    return np.asarray(picture if orientation == 1 else picture.transpose(_UPRIGHT[orientation]))
+
+
+def _through_curves(colour: Pixels, curves: colours.Curves, path: Path) -> Pixels:
+    """uint16 in a profile to sRGB; gray in a colour profile is colour of equal channels."""
+    if curves.matrix is not None and colour.ndim == 2:
+        return curves.to_srgb(np.stack([colour] * 3, axis=-1))
+    if curves.matrix is None and colour.ndim == 3:
+        logger.warning("%s: its colour profile is ignored: it describes GRAY but the pixels are RGB", path)
+        return colour
+    return curves.to_srgb(colour)
+
+
+def _arranged(colour: Pixels, alpha: Pixels | None, channels: int) -> tuple[Pixels, Pixels | None]:
+    """[H, W, channels], and the alpha that these have no room for."""
+    top = np.iinfo(colour.dtype).max
+    colour = colour if colour.ndim == 3 or channels >= 3 else colour[..., None]
+    if channels <= 2 and colour.shape[2] == 3:
+        colour = colours.luma(colour)[..., None]
+    elif channels >= 3 and colour.ndim == 2:
+        colour = np.repeat(colour[..., None], 3, axis=2)
+    if channels in (2, 4):
+        cover = np.full(colour.shape[:2], top, colour.dtype) if alpha is None else alpha
+        colour, alpha = np.concatenate((colour, cover[..., None]), axis=2), None
+    elif alpha is not None:
+        colour = np.where(alpha[..., None] == 0, colour.dtype.type(top), colour)
+    return colour, alpha
+
+
+def _turned(pixels: Pixels, orientation: int) -> Pixels:
+    """Pixels as stored to upright ones (EXIF 2.32, table 6), contiguous."""
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    rows = -1 if orientation in (3, 4, 7, 8) else 1
+    columns = -1 if orientation in (2, 3, 6, 7) else 1
+    return np.ascontiguousarray(pixels[::rows, ::columns])
+
+
+def format_to_write(path: Path, chroma: str | None = None, lossless: bool = False, bits: int | None = None) -> str:
+    """The format that the suffix names. Raises PhotoError when there is none, or it does not hold what is asked."""
+    file_format = _SAVED_AS.get(path.suffix.lower())
+    if file_format is None:
+        known = ", ".join(sorted(_SAVED_AS))
+        raise PhotoError(path, f"the suffix {path.suffix!r} names no format that can be written: use one of {known}")
+    if chroma is not None and chroma not in CHROMA.get(file_format, (chroma,)):
+        raise PhotoError(path, f"{file_format} has no chroma {chroma}, only {', '.join(CHROMA[file_format])}")
+    if lossless and file_format not in LOSSLESS:
+        raise PhotoError(path, f"{file_format} cannot be written lossless: use one of {', '.join(LOSSLESS)}")
+    if bits == 16 and file_format not in DEEP:
+        raise PhotoError(path, f"{file_format} is written with 8 bits a channel: 16 go into {' and '.join(DEEP)}")
+    return file_format
+
+
+def _as_pixels(image: Image.Image | Pixels) -> Pixels:
+    """An array as it is; a PIL image as an array of one of ``MODES``."""
+    if isinstance(image, Image.Image):
+        if image.mode not in MODES.values():
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        return np.asarray(image)
+    kinds = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in MODES)
+    if image.dtype not in (np.uint8, np.uint16) or not kinds or image.size == 0:
+        raise ValueError(f"pixels are uint8 or uint16, [H, W] or [H, W, 1 to 4], not {image.dtype} {list(image.shape)}")
+    return image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image
+
+
+def _mode_of(image: Image.Image | Pixels) -> str:
+    return image.mode if isinstance(image, Image.Image) else MODES[1 if image.ndim == 2 else image.shape[2]]
+
+
+def _in_profile(
+    pixels: Pixels, path: Path, file_format: str, like: Photo | Original | None
+) -> tuple[Pixels, bytes | None]:
+    """sRGB pixels in the colours they are to be saved in, and the profile to embed."""
+    icc = like.icc_profile if like is not None else None
+    gray = pixels.ndim == 2 or pixels.shape[2] == 2
+    if icc is None or file_format in ("BMP", "PPM"):
+        return pixels, None
+    in_srgb = pixels, None if gray else colours.srgb_profile()
+    if not isinstance(like, Original) or like.profile == "srgb":
+        return in_srgb
+    space = icc[16:20]
+    if gray != (space == b"GRAY"):  # a profile of colour says nothing of gray pixels, nor the other way
+        return in_srgb
+    curves = colours.curves_of(icc)
+    if curves is not None and curves.is_srgb:
+        return pixels, icc
+    if space == b"CMYK" and file_format not in _CMYK:
+        raise PhotoError(
+            path, f"{file_format} holds no CMYK, the original profile of {like.path}: use jpg or tif, or sRGB"
+        )
+    colour, alpha = _split(pixels)
+    if curves is not None:
+        colour = curves.from_srgb(_with_bits(colour, 16))
+    else:
         try:
-            if len(profile) > _MAX_PROFILE:
-                raise ValueError(f"it has {len(profile) / 1e6:.0f} MB, above the limit of {_MAX_PROFILE / 1e6:.0f}")
-            return _apply_profile(colour, ImageCms.ImageCmsProfile(io.BytesIO(profile)))
+            picture = colours.from_srgb(Image.fromarray(_with_bits(colour, 8)), icc)
         except Exception as error:
-            logger.warning("%s: its colour profile is ignored: %s", path, _words(error))
-    if colour.mode == "LAB":
-        return _apply_profile(colour, ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")))
-    return colour if colour.mode == "L" else colour.convert("RGB")
+            logger.warning("%s: saved in sRGB, its profile does not serve for that: %s", like.path, _words(error))
+            return in_srgb
+        colour = np.asarray(picture)
+    return colour if alpha is None else _joined(colour, alpha), icc
 
 
-def _apply_profile(colour: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image.Image:
-    space = profile.profile.xcolor_space.strip()
-    if space == "GRAY" and colour.mode == "RGB":  # Pillow expands gray with 16-bit alpha to colour
-        red, green, blue = colour.split()
-        if red.tobytes() == green.tobytes() == blue.tobytes():
-            colour = red
-    elif space == "RGB" and colour.mode == "L":
-        colour = colour.convert("RGB")
-    if {"L": "GRAY", "LAB": "Lab"}.get(colour.mode, colour.mode) != space:
-        raise ValueError(f"it describes {space} but the pixels are {colour.mode}")
-    transform = _transform_to_srgb(profile, colour.mode)
-    if colour.mode == "L":
-        ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
-        table = np.asarray(_transformed(ramp, transform))[0, :, 0]
-        return colour if _equal_up_to_rounding(table, np.arange(256)) else colour.point(table.tolist())
-    if colour.mode == "RGB":
-        steps = np.arange(0, 256, 17, dtype=np.uint8)
-        grid = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(1, -1, 3)
-        if _equal_up_to_rounding(np.asarray(_transformed(Image.fromarray(grid), transform)), grid):
-            return colour
-    return _transformed(colour, transform)
+def _split(pixels: Pixels) -> tuple[Pixels, Pixels | None]:
+    """(colour [H, W] or [H, W, 3], alpha [H, W] or None) of pixels in one of ``MODES``."""
+    if pixels.ndim == 2 or pixels.shape[2] == 3:
+        return pixels, None
+    return pixels[..., 0] if pixels.shape[2] == 2 else pixels[..., :3], pixels[..., -1]
 
 
-def _transform_to_srgb(profile: ImageCms.ImageCmsProfile, mode: str) -> ImageCms.ImageCmsTransform:
-    """The transform; lcms precalculates it on a grid where evaluating each pixel would take long.
-
-    The grid is a level off for RGB and up to three for CMYK, but up to nine for gray, of which there are only 256
-    values to evaluate, and seven for LAB, which is rare.
-    """
-    precision = ImageCms.Flags.NOOPTIMIZE if mode in ("L", "LAB") else ImageCms.Flags.HIGHRESPRECALC
-    return ImageCms.buildTransform(
-        profile,
-        ImageCms.createProfile("sRGB"),
-        mode,
-        "RGB",
-        renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
-        flags=ImageCms.Flags.BLACKPOINTCOMPENSATION | precision,
-    )
+def _joined(colour: Pixels, alpha: Pixels) -> Pixels:
+    """Colour and alpha as one array of the colour's dtype."""
+    alpha = _with_bits(alpha, 8 * colour.itemsize)[..., None]
+    return np.concatenate((colour[..., None] if colour.ndim == 2 else colour, alpha), axis=2)
 
 
-def _transformed(image: Image.Image, transform: ImageCms.ImageCmsTransform) -> Image.Image:
-    result = ImageCms.applyTransform(image, transform)
-    if result is None:
-        raise ValueError("the conversion gave no picture")
-    return result
+def _with_bits(pixels: Pixels, bits: int) -> Pixels:
+    if pixels.dtype == (np.uint8 if bits == 8 else np.uint16):
+        return pixels
+    return colours.to_8_bits(pixels) if bits == 8 else colours.to_16_bits(pixels)
 
 
-def _equal_up_to_rounding(converted: np.ndarray[Any, Any], original: np.ndarray[Any, Any]) -> bool:
-    """Whether a profile is sRGB in effect: pixels are then kept to the bit instead of being rounded once more."""
-    return bool(np.abs(converted.astype(np.int16) - original.astype(np.int16)).max() <= 1)
+def _bits_for(pixels: Pixels, file_format: str, like: Photo | Original | None) -> int:
+    """Bits a channel of the file when none are asked for."""
+    stored = like.bits if isinstance(like, Original) else 16
+    return 16 if pixels.dtype == np.uint16 and file_format in DEEP and stored == 16 else 8
 
 
-def _srgb_profile() -> bytes:
-    """An sRGB profile, without the time of its making, so that equal pictures are equal files."""
-    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
-    profile[24:36] = struct.pack(">6H", 2000, 1, 1, 0, 0, 0)
-    return bytes(profile)
+def _with_alpha_for(pixels: Pixels, file_format: str, like: Photo | Original | None) -> Pixels:
+    """The picture with its alpha, or else that of the original; over white in a format that has none."""
+    colour, alpha = _split(pixels)
+    if alpha is None and isinstance(like, Original):
+        alpha = like.alpha
+    if alpha is None:
+        return pixels
+    if alpha.shape != colour.shape[:2]:
+        raise ValueError(f"the alpha of {shown(like.path if like else '')} is {alpha.shape[1]}x{alpha.shape[0]}")
+    if file_format not in _WITHOUT_ALPHA:
+        return _joined(colour, alpha)
+    picture, cover = Image.fromarray(_with_bits(colour, 8)), Image.fromarray(_with_bits(alpha, 8))
+    return np.asarray(_with_channels(picture, cover, 1 if colour.ndim == 2 else 3))
 
 
-def _raw_exif(image: ImageFile.ImageFile) -> bytes:
-    """The EXIF block as it lies in the file, from its byte order on, b"" when there is none."""
-    exif = image.info.get("exif")
-    if exif is None and image.format == "PNG":
-        if "Raw profile type exif" in image.info:  # ImageMagick, before PNG had a chunk for it
-            return _exif_from_text(str(image.info["Raw profile type exif"]))
-        return _late_png_exif(image)
-    return exif.removeprefix(_EXIF_HEADER) if isinstance(exif, bytes) else b""
+@dataclass(frozen=True)
+class _Metadata:
+    """Blocks to write with a picture, b"" for none."""
+
+    exif: bytes = b""
+    xmp: bytes = b""
+    iptc: bytes = b""
+    icc: bytes = b""
 
 
-def _exif_from_text(text: str) -> bytes:
-    try:
-        return bytes.fromhex("".join(text.split("\n")[3:])).removeprefix(_EXIF_HEADER)
-    except ValueError:
-        return b"not hexadecimal"
+def _metadata_for(path: Path, file_format: str, like: Photo | Original | None, icc: bytes | None) -> _Metadata:
+    """What of the original's metadata the format holds; with a warning where it is only too long."""
+    if like is None or file_format in ("BMP", "PPM"):
+        return _Metadata()
+    exif, xmp, iptc = like.exif, b"", b""
+    if isinstance(like, Original):
+        xmp, iptc = like.xmp, like.iptc if file_format in ("JPEG", "TIFF") else b""
+    blocks = {"EXIF block": exif, "XMP packet": xmp, "IPTC block": iptc}
+    if file_format == "JPEG":
+        for name, block in blocks.items():
+            if len(block) > _JPEG_LIMITS[name]:
+                logger.warning("%s: the %s of %s (%d bytes) is too long for JPEG", path, name, like.path, len(block))
+                blocks[name] = b""
+    return _Metadata(blocks["EXIF block"], blocks["XMP packet"], blocks["IPTC block"], icc or b"")
 
 
-def _late_png_exif(image: ImageFile.ImageFile) -> bytes:
-    """EXIF that follows the pixels, where the reader has not been yet; only chunk headers are read on the way."""
-    file = image.fp
-    if file is None:  # everything has been read
-        return b""
-    position = file.tell()
-    try:
-        file.seek(8)
-        while len(head := file.read(8)) == 8:
-            length, kind = struct.unpack(">I4s", head)
-            if kind == b"eXIf":
-                return file.read(length) if length <= _MAX_EXIF else b"too long"
-            file.seek(length + 4, os.SEEK_CUR)
-        return b""
-    finally:
-        file.seek(position)
-
-
-def _upright_exif(raw: bytes) -> tuple[int, bytes]:
-    """(orientation 1 to 8, the block for the upright sRGB picture, b"" when it is malformed).
-
-    The block is changed in place, never written anew: maker notes hold offsets that moving would break.
-    """
-    if not raw:
-        return 1, b""
-    block = bytearray(raw)
-    orientation = 1
-    try:
-        order = {b"II*\0": "<", b"MM\0*": ">"}[bytes(block[:4])]
-        (first,) = struct.unpack_from(order + "I", block, 4)
-        tags: dict[int, tuple[str, int]] = {}
-        for tag, layout, position in _entries(block, first, order):
-            tags[tag] = layout, position
-            if tag == _ORIENTATION:
-                (orientation,) = struct.unpack_from(layout, block, position)
-                struct.pack_into(layout, block, position, 1)
-        _declare_srgb(block, tags, order)
-        _drop_thumbnail(block, first, order)
-    except (KeyError, struct.error):
-        block.clear()
-    return (orientation if orientation in _UPRIGHT else 1), (_EXIF_HEADER + bytes(block) if block else b"")
-
-
-def _entries(block: bytearray, offset: int, order: str) -> Iterator[tuple[int, str, int]]:
-    """(tag, struct layout of one value, its position) for every entry of the directory at ``offset``.
-
-    Only integer values that lie within their entry are wanted here; of all others the layout is that of an offset.
-    """
-    (count,) = struct.unpack_from(order + "H", block, offset)
-    for position in range(offset + 2, offset + 2 + 12 * count, 12):
-        tag, kind, _, _ = struct.unpack_from(order + "HHII", block, position)
-        yield tag, order + {1: "B", 3: "H"}.get(kind, "I"), position + 8
-
-
-def _declare_srgb(block: bytearray, tags: dict[int, tuple[str, int]], order: str) -> None:
-    """Set the colour space of the EXIF directory, if there is one, to 1, which is sRGB."""
-    if _EXIF_IFD in tags:
-        (offset,) = struct.unpack_from(order + "I", block, tags[_EXIF_IFD][1])
-        for tag, layout, position in _entries(block, offset, order):
-            if tag == _COLOR_SPACE:
-                struct.pack_into(layout, block, position, 1)
-
-
-def _drop_thumbnail(block: bytearray, first: int, order: str) -> None:
-    """Unlink the second directory and blank its thumbnail, which shows another picture than the one to be saved."""
-    (count,) = struct.unpack_from(order + "H", block, first)
-    link = first + 2 + 12 * count
-    if link + 4 > len(block):  # some writers leave out the link when there is no second directory
-        return
-    (second,) = struct.unpack_from(order + "I", block, link)
-    struct.pack_into(order + "I", block, link, 0)
-    if not 8 <= second < len(block):
-        return
-    values = {
-        tag: struct.unpack_from(order + "I", block, position)[0] for tag, _, position in _entries(block, second, order)
-    }
-    start, length = values.get(_THUMBNAIL, 0), values.get(_THUMBNAIL_BYTES, 0)
-    if 8 <= start < start + length <= len(block):
-        at_the_end = not any(block[start + length :])
-        block[start : start + length] = bytes(length)
-        if at_the_end and second < start:
-            del block[start:]
-
-
-def _tiff_exif(image: TiffImageFile, path: Path) -> bytes:
-    """EXIF of a TIFF, whose directories are those of the file: only what describes the photograph is taken."""
-    try:
-        return _descriptive_exif(image.getexif())
-    except Exception as error:
-        logger.warning("%s: its EXIF block is malformed and is left out: %s", path, _words(error))
-        return b""
-
-
-def _descriptive_exif(source: Image.Exif) -> bytes:
-    exif = Image.Exif()
-    for tag in _DESCRIPTIVE_TAGS:
-        if tag in source:
-            exif[tag] = source[tag]
-    for directory in (_EXIF_IFD, _GPS_IFD):
-        if values := source.get_ifd(directory):
-            exif.get_ifd(directory).update(values)
-    return exif.tobytes() if len(exif) or exif.get_ifd(_EXIF_IFD) or exif.get_ifd(_GPS_IFD) else b""
-
-
-def _encode(image: Image.Image, path: Path, file_format: str, like: Photo | None, quality: int) -> bytes:
+def _encode(
+    pixels: Pixels,
+    path: Path,
+    file_format: str,
+    metadata: _Metadata,
+    quality: int,
+    chroma: str | None,
+    lossless: bool,
+) -> bytes:
     """The whole file in memory: encoders then cannot fail half way through a file."""
-    picture = _for_format(image, file_format)
-    if path.suffix.lower() == ".pgm" and picture.mode != "L":
+    if path.suffix.lower() == ".pgm" and pixels.ndim != 2:
         raise ValueError("a .pgm file holds gray pictures only: name it .ppm")
-    options = _metadata(picture, path, file_format, like)
+    icc, cmyk = metadata.icc, metadata.icc[16:20] == b"CMYK"
+    if file_format == "TIFF":
+        tags = _exif_tags(metadata.exif, path)
+        if pixels.dtype == np.uint16 and pixels.shape[2:] == (2,):  # which Pillow, and so we, cannot read again
+            pixels = pixels[..., [0, 0, 0, 1]]
+        return deep.tiff(pixels, tags=tags, xmp=metadata.xmp, iptc=metadata.iptc, icc=icc, cmyk=cmyk)
+    if pixels.dtype == np.uint16:
+        return deep.png(pixels, exif=metadata.exif.removeprefix(meta.EXIF_HEADER), xmp=metadata.xmp, icc=icc)
+    height, width = pixels.shape[:2]
+    picture = Image.frombytes("CMYK", (width, height), pixels.tobytes()) if cmyk else Image.fromarray(pixels)
+    if picture.mode == "LA" and file_format in ("WEBP", "AVIF", "HEIF"):
+        picture = picture.convert("RGBA")
+    blocks = {"exif": metadata.exif, "xmp": metadata.xmp, "icc_profile": icc}
+    options: dict[str, Any] = {name: block for name, block in blocks.items() if block}
+    options |= _encoder_options(file_format, quality, chroma, lossless)
     buffer = io.BytesIO()
     if file_format == "HEIF":
-        _heif_package(path).from_pillow(picture).save(buffer, quality=quality, **options)
-        return buffer.getvalue()
+        _heif_package(path).from_pillow(picture).save(buffer, **options)
+    else:
+        if file_format == "PNG" and "xmp" in options:
+            options["pnginfo"] = PngInfo()
+            options["pnginfo"].add_itxt("XML:com.adobe.xmp", options.pop("xmp").decode("utf-8", "replace"))
+        picture.save(buffer, format=file_format, **options)
+    content = buffer.getvalue()
+    return _with_segment(content, meta.iptc_segment(metadata.iptc)) if metadata.iptc else content
+
+
+def _encoder_options(file_format: str, quality: int, chroma: str | None, lossless: bool) -> dict[str, Any]:
+    """Quality and resolution of colour in the words of each encoder."""
     if file_format in ("JPEG", "AVIF"):
-        options.update(quality=quality, subsampling="4:4:4")
-    elif file_format == "WEBP":
-        options["quality"] = quality
-    elif file_format == "TIFF" and "exif" not in options:
-        options["compression"] = "tiff_adobe_deflate"  # with EXIF directories Pillow can only write raw pixels
-    picture.save(buffer, format=file_format, **options)
-    return buffer.getvalue()
+        speed = {"speed": _AVIF_SPEED} if file_format == "AVIF" else {}
+        return {"quality": quality, "subsampling": ":".join(chroma or "444"), **speed}
+    if file_format == "WEBP":
+        return {"lossless": True, "exact": True} if lossless else {"quality": quality}
+    if file_format == "HEIF":
+        if lossless:  # RGB as it is: going through YCbCr rounds
+            return {"quality": -1, "chroma": 444, "matrix_coefficients": 0, "enc_params": _HEIF_ENCODER}
+        return {"quality": quality, "chroma": int(chroma or 420), "enc_params": _HEIF_ENCODER}
+    return {"compress_level": _PNG_LEVEL} if file_format == "PNG" else {}
 
 
-def _metadata(picture: Image.Image, path: Path, file_format: str, like: Photo | None) -> dict[str, Any]:
-    """The EXIF block and the profile to write, as options for the encoder; {} for formats that hold neither."""
-    options: dict[str, Any] = {}
-    if like is None or file_format in ("BMP", "PPM"):
-        return options
-    if file_format == "JPEG" and len(like.exif) > _JPEG_EXIF_LIMIT:
-        logger.warning("%s: the EXIF block of %s (%d bytes) is too long for JPEG", path, like.path, len(like.exif))
-    elif like.exif and file_format == "TIFF":
+def _exif_tags(exif: bytes, path: Path) -> dict[int, Any]:
+    """An EXIF block as tags for a TIFF's directory; {} when it is malformed."""
+    if not exif:
+        return {}
+    try:
         parsed = Image.Exif()
-        parsed.load(like.exif)
-        options["exif"] = _descriptive_exif(parsed)
-    elif like.exif:
-        options["exif"] = like.exif
-    if like.icc_profile and picture.mode in ("RGB", "RGBA"):
-        options["icc_profile"] = _srgb_profile()
-    return options
+        parsed.load(exif)
+        return meta.descriptive_tags(parsed)
+    except Exception as error:
+        logger.warning("%s: the EXIF block is malformed and is left out: %s", path, _words(error))
+        return {}
 
 
-def _for_format(image: Image.Image, file_format: str) -> Image.Image:
-    """The picture in a mode that the format holds, free of the metadata it was opened with."""
-    picture = (
-        image.copy()
-        if image.mode in MODES.values()
-        else image.convert("RGBA" if image.has_transparency_data else "RGB")
-    )
-    picture.info = {}
-    if picture.mode.endswith("A"):
-        if file_format in ("JPEG", "BMP", "PPM"):
-            colour = picture.convert(picture.mode[:-1])
-            return _with_channels(colour, picture.getchannel("A"), len(colour.mode))
-        if picture.mode == "LA" and file_format in ("WEBP", "AVIF", "HEIF"):
-            return picture.convert("RGBA")
-    return picture
+def _with_segment(jpeg: bytes, segment: bytes) -> bytes:
+    """A JPEG file with one more application segment, behind those it has."""
+    position = 2
+    while jpeg[position] == 0xFF and 0xE0 <= jpeg[position + 1] <= 0xEF:
+        position += 2 + int.from_bytes(jpeg[position + 2 : position + 4], "big")
+    return jpeg[:position] + segment + jpeg[position:]
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
+def _write_atomically(path: Path, content: bytes, times: tuple[int, int] | None) -> None:
     """Write to a temporary name in the same folder and rename, so that no one ever sees part of a file."""
     temporary = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
         with temporary.open("xb") as file:
             file.write(content)
+        if times is not None:
+            os.utime(temporary, ns=times)
         temporary.replace(path)
     except BaseException as error:
         with contextlib.suppress(OSError):

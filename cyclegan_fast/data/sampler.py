@@ -23,7 +23,7 @@ _MASK = (1 << 64) - 1
 # Independent streams of random values. The numbers are part of every seeded result: never reuse or change one.
 _ORDER_A, _ORDER_B, _CROP = 1, 2, 3
 
-_PAIRINGS = ("unpaired", "ordered", "zip")
+_PAIRINGS = ("unpaired", "ordered", "zip", "aligned")
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ def epoch_length(n_A: int, n_B: int, pairing: str) -> int:
         raise ValueError(f"pairing = {pairing!r} is not allowed: one of {', '.join(_PAIRINGS)}")
     if n_A < 1 or n_B < 1:
         raise ValueError(f"both domains need at least one picture, but A has {n_A} and B has {n_B}")
+    if pairing == "aligned" and n_A != n_B:
+        raise ValueError(f"aligned pairs need as many pictures of A as of B, but there are {n_A} and {n_B}")
     return min(n_A, n_B) if pairing == "zip" else max(n_A, n_B)
 
 
@@ -48,7 +50,8 @@ def epoch_order(n_A: int, n_B: int, *, pairing: str, seed: int, epoch: int) -> t
     """Picture indices of A and of B, int64 [L] each, for every position of an epoch of L = epoch_length pairs.
 
     unpaired (the de-facto behaviour): a shuffle of [0, L), A taken modulo its size, B drawn with replacement;
-    ordered: the same shuffle modulo both sizes, so the i-th of A always meets the i-th of B;
+    ordered, and aligned, whose sets are equally large: the same shuffle modulo both sizes, so the i-th of A always
+    meets the i-th of B;
     zip (the Keras example): a shuffle of each set side by side, cut to the smaller one.
     """
     length = epoch_length(n_A, n_B, pairing)
@@ -57,7 +60,7 @@ def epoch_order(n_A: int, n_B: int, *, pairing: str, seed: int, epoch: int) -> t
         index_B = _permutation(n_B, _key(seed, epoch, _ORDER_B))
         return index_A[:length], index_B[:length]
     order = _permutation(length, _key(seed, epoch, _ORDER_A))
-    if pairing == "ordered":
+    if pairing in ("ordered", "aligned"):
         return order % n_A, order % n_B
     uniform = _uniform(np.arange(length, dtype=np.int64), _key(seed, epoch, _ORDER_B))
     return order % n_A, np.floor(uniform * n_B).astype(np.int64)

@@ -76,18 +76,23 @@ _PILLOW_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resamp
 
 @dataclass(frozen=True)
 class Preprocess:
-    """The deterministic part of how a picture becomes a training sample; fields as in DataConfig, sizes in pixels."""
+    """The deterministic part of how a picture becomes a training sample; fields as in DataConfig, sizes in pixels.
+
+    half: the half of each picture that is this domain's, `left` or `right`; empty for all of it.
+    """
 
     mode: str
     load_size: int
     crop_size: int
     resample: str
     channels: int
+    half: str = ""
 
     @classmethod
-    def from_config(cls, data: DataConfig, channels: int) -> Preprocess:
-        """The preprocessing of a domain whose pictures have this many channels."""
-        return cls(data.preprocess, data.load_size, data.crop_size, data.resample, channels)
+    def from_config(cls, data: DataConfig, channels: int, domain: str = "A") -> Preprocess:
+        """The preprocessing of a domain, `A` or `B`, whose pictures have this many channels."""
+        half = {"A": "left", "B": "right"}[domain] if data.source == "side_by_side" else ""
+        return cls(data.preprocess, data.load_size, data.crop_size, data.resample, channels, half)
 
     @property
     def crop(self) -> int | None:
@@ -101,8 +106,12 @@ class Preprocess:
         height follows, rounded down, but is at least crop_size. These two, `crop` and `none` are the de-facto rules,
         except that `none` does not round to multiples of 4. scale_width follows scale_width_and_crop without the
         lower limit, which would distort pictures that are never cropped; scale_shortside brings the short side to
-        load_size, the other one rounded. Raises ValueError for an unknown mode.
+        load_size, the other one rounded. Of a half, the width is that of the half. Raises ValueError for an unknown
+        mode.
         """
+        return self._resized(max(width // 2, 1) if self.half else width, height)
+
+    def _resized(self, width: int, height: int) -> tuple[int, int]:
         if self.mode == "resize_and_crop":
             return self.load_size, self.load_size
         if self.mode in ("crop", "none"):
@@ -118,7 +127,11 @@ class Preprocess:
 
     def apply(self, image: Image.Image) -> UInt8Array:
         """The picture as stored: uint8 [H, W, C], resized as `size` says. Raises ValueError for an unknown mode."""
-        height, width = self.size(*image.size)
+        if self.half:
+            width = max(image.width // 2, 1)  # of an odd width, the middle column belongs to neither
+            left = 0 if self.half == "left" else image.width - width
+            image = image.crop((left, 0, left + width, image.height))
+        height, width = self._resized(*image.size)
         if (width, height) != image.size:
             if self.resample == "bilinear_tf":
                 return _resize_bilinear_tf(_pixels(image), height, width)

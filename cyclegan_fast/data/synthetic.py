@@ -8,6 +8,9 @@ Depth of field is that of a thin lens: a point at distance d (metres), seen by a
 focused at s, makes a disc of diameter c = (f / N) f |d - s| / (d (s - f)) on the sensor. The phone (4.2 mm, f/1.8, a
 5.6 mm sensor) has discs below a pixel at any usual size; the DSLR (85 mm, f/2 to f/5.6, full frame) has discs of up to
 a fifth of the frame. Light is added up in linear units, so that a highlight keeps its energy and becomes a bright disc.
+
+With several styles each DSLR picture has one of so many colour grades, drawn for its scene: what the phone's picture
+does not tell. `graded` shifts the chroma of the whole picture, by the same amount in one of `styles` directions.
 """
 
 from __future__ import annotations
@@ -44,6 +47,8 @@ Picture: TypeAlias = npt.NDArray[np.uint8]
 _TRUTH = {"testA": "truthB", "testB": "truthA"}
 _INDEX = "synthetic.json"
 _FORMAT = 2  # raised whenever the renderer draws a different picture for the same (seed, index, size)
+_GRADE = 28.0  # shift of the chroma between a picture and its graded one, of 255
+_STYLE_STREAM = 1  # separates the draw of a scene's grade from that of the scene
 _STALE = 3600.0  # seconds without a new picture after which a half-built folder is taken for abandoned
 _PIXELS_WORTH_A_PROCESS = 64 * 128 * 128  # below this, starting processes takes longer than rendering
 
@@ -74,6 +79,22 @@ def render_pair(seed: int, index: int, size: int) -> tuple[Picture, Picture, Flo
     return phone, reflex, depth
 
 
+def style_of(seed: int, index: int, styles: int) -> int:
+    """The grade, 0 to styles - 1, of scene `index` of `seed`."""
+    return int(np.random.SeedSequence((seed, index, _STYLE_STREAM)).generate_state(1)[0]) % styles
+
+
+def graded(picture: Picture, style: int, styles: int) -> Picture:
+    """A picture uint8 [H, W, 3] in grade `style` of so many; as it is where there is only one."""
+    if styles == 1:
+        return picture
+    angle = 2 * np.pi * style / styles
+    blue, red = _GRADE * np.cos(angle), _GRADE * np.sin(angle)  # of Cb and Cr of ITU-R BT.601
+    shift = np.array([1.402 * red, -0.344136 * blue - 0.714136 * red, 1.772 * blue])
+    result: Picture = np.clip(np.rint(picture + shift), 0, 255).astype(np.uint8)
+    return result
+
+
 def _render(what: Scene, size: int, domains: str, depth: Floats | None = None) -> list[Picture]:
     """A picture for each of the domains; distances are written into `depth`. Layers are drawn once and not kept."""
     if not 16 <= size <= 4096:
@@ -99,9 +120,12 @@ class _Parameters:
     size: int
     seed: int
     format: int = _FORMAT
+    aligned: bool = False
+    styles: int = 1
 
     def __str__(self) -> str:
-        return f"train={self.train}, test={self.test}, size={self.size}, seed={self.seed}, format={self.format}"
+        text = f"train={self.train}, test={self.test}, size={self.size}, seed={self.seed}, format={self.format}"
+        return text + ", aligned" * self.aligned + f", styles={self.styles}" * (self.styles > 1)
 
     def indices(self, split: str) -> range:
         """Scenes of a split. Splits take turns, so that they share none and a larger set begins with a smaller one."""
@@ -109,17 +133,33 @@ class _Parameters:
         first = SPLITS.index(split)
         return range(first, first + 4 * count, 4)
 
+    def jobs(self) -> Iterator[tuple[tuple[str, ...], int]]:
+        """(folders, scene) of every scene: a folder for each of its renderings, whose domain ends its name."""
+        if self.aligned:
+            for split in ("train", "test"):
+                yield from (((f"{split}A", f"{split}B"), index) for index in self.indices(f"{split}A"))
+            return
+        for split in SPLITS:
+            folders = (split, _TRUTH[split]) if split in _TRUTH else (split,)
+            yield from ((folders, index) for index in self.indices(split))
+
     def files(self) -> Iterator[tuple[str, int]]:
         """(folder, scene) of every picture."""
-        for split in SPLITS:
-            for index in self.indices(split):
-                yield split, index
-                if split in _TRUTH:
-                    yield _TRUTH[split], index
+        for folders, index in self.jobs():
+            yield from ((folder, index) for folder in folders)
 
 
 def ensure_dataset(
-    root: str | Path, *, train: int, test: int, size: int, seed: int, workers: int = 0, progress: bool = False
+    root: str | Path,
+    *,
+    train: int,
+    test: int,
+    size: int,
+    seed: int,
+    aligned: bool = False,
+    styles: int = 1,
+    workers: int = 0,
+    progress: bool = False,
 ) -> Path:
     """The rendered data set at `root`: reused when complete and rendered with the same parameters, else built.
 
@@ -127,12 +167,15 @@ def ensure_dataset(
     of testA, under the same file name), truthA likewise for testB, and synthetic.json. Pictures are JPEG (quality 95,
     4:4:4), size x size pixels, named by their scene; no scene is in two of the four splits. It is built by `workers`
     processes (0: one for each core) in a folder beside `root` that is renamed when complete, so that `root` never holds
-    half a set; `progress` shows a bar on stderr.
+    half a set; `progress` shows a bar on stderr. styles: see `graded`.
+
+    With `aligned` both cameras see the same scenes instead: trainB holds the partners of trainA, and testB of testA,
+    under the same names, and there are no truth folders.
 
     Raises DataError when `root` holds anything else, and when it cannot be written.
     """
     root = Path(root)
-    wanted = _Parameters(train, test, size, seed)
+    wanted = _Parameters(train, test, size, seed, aligned=aligned, styles=styles)
     for name, value, low, high in (("train", train, 1, 10**7), ("test", test, 1, 10**7), ("size", size, 16, 4096)):
         if not low <= value <= high:
             raise DataError(f"synthetic flowers: {name} = {value} is not allowed: {low} to {high}")
@@ -157,7 +200,8 @@ def _is_there(root: Path, wanted: _Parameters) -> bool:
         if not root.exists() or (root.is_dir() and not any(root.iterdir())):
             return False
         index = json.loads((root / _INDEX).read_text(encoding="utf-8"))
-        found = _Parameters(**{key: index[key] for key in asdict(wanted)})
+        later = {"aligned": False, "styles": 1}  # not in sets of earlier versions
+        found = _Parameters(**{key: (later | index)[key] for key in asdict(wanted)})
     except (OSError, ValueError, KeyError, TypeError):
         raise DataError(
             f"{root} holds something else than a rendered data set: synthetic flowers are only written to a new or "
@@ -228,10 +272,10 @@ def _move_in(folder: Path, root: Path, wanted: _Parameters) -> None:
 
 
 def _render_all(folder: Path, wanted: _Parameters, workers: int, progress: bool) -> None:
-    jobs = [(split, index) for split in SPLITS for index in wanted.indices(split)]
-    for name in (*SPLITS, *_TRUTH.values()):
+    jobs = list(wanted.jobs())
+    for name in dict.fromkeys(name for folders, _ in jobs for name in folders):
         (folder / name).mkdir()
-    render = partial(_render_job, str(folder), wanted.seed, wanted.size)
+    render = partial(_render_job, str(folder), wanted)
     with Bar(total=len(jobs), desc="rendering flowers", unit="scene", disable=not progress, file=sys.stderr) as bar:
         for _ in _in_processes(render, jobs, _worker_count(workers, len(jobs) * wanted.size**2)):
             bar.update()
@@ -245,7 +289,7 @@ def _worker_count(workers: int, pixels: int) -> int:
     return usable_cores()
 
 
-def _in_processes(render: partial[None], jobs: list[tuple[str, int]], workers: int) -> Iterable[None]:
+def _in_processes(render: partial[None], jobs: list[tuple[tuple[str, ...], int]], workers: int) -> Iterable[None]:
     if workers == 1:
         yield from map(render, jobs)
         return
@@ -279,10 +323,11 @@ def _one_blas_thread() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _render_job(folder: str, seed: int, size: int, job: tuple[str, int]) -> None:
-    """Render one scene of a split, and its truth when the split has one."""
-    split, index = job
-    names = [name for name in (split, _TRUTH.get(split)) if name is not None]
-    pictures = _render(scene(seed, index), size, "".join(name[-1] for name in names))
+def _render_job(folder: str, wanted: _Parameters, job: tuple[tuple[str, ...], int]) -> None:
+    """Render one scene into its folders."""
+    names, index = job
+    pictures = _render(scene(wanted.seed, index), wanted.size, "".join(name[-1] for name in names))
     for name, picture in zip(names, pictures, strict=True):
+        if name.endswith("B"):
+            picture = graded(picture, style_of(wanted.seed, index, wanted.styles), wanted.styles)
         Image.fromarray(picture).save(_picture_path(Path(folder), name, index), "JPEG", quality=95, subsampling=0)

@@ -181,7 +181,8 @@ def curves_figure(scalars_jsonl: str | Path, out: str | Path) -> None:
     """Losses of the four networks over the epochs, as a picture or vector file (the format by ``out``'s suffix).
 
     A generator's loss is the sum of its weighted terms, as each network's loss is reported by the paper:
-    G = G_A + cycle_B + idt_A and F = G_B + cycle_A + idt_B; terms that a run does not have count as 0. Raw values are
+    G = G_A + cycle_B + idt_A and F = G_B + cycle_A + idt_B, in pix2pix with L1 in place of the last two; terms that a
+    run does not have count as 0, and networks that it does not have are left out. Raw values are
     faint, their running mean (1/15 of the curve) is bold, values that are not finite leave a gap and a cross. Where a
     resumed run wrote steps again, the later lines count; lines that are cut off are passed over.
 
@@ -388,8 +389,8 @@ class _Curve:
 
 # The colours are told apart by the colour-blind too (Okabe and Ito).
 _CURVES = (
-    _Curve(r"$G_A$  ($G$: A → B)", "#0072B2", ("G_A", "cycle_B", "idt_A")),
-    _Curve(r"$G_B$  ($F$: B → A)", "#D55E00", ("G_B", "cycle_A", "idt_B")),
+    _Curve(r"$G_A$  ($G$: A → B)", "#0072B2", ("G_A", "cycle_B", "idt_A", "L1_A")),
+    _Curve(r"$G_B$  ($F$: B → A)", "#D55E00", ("G_B", "cycle_A", "idt_B", "L1_B")),
     _Curve(r"$D_A$  ($D_Y$: judges B)", "#0072B2", ("D_A",)),
     _Curve(r"$D_B$  ($D_X$: judges A)", "#D55E00", ("D_B",)),
 )
@@ -460,7 +461,7 @@ def _panel(axes: Axes, epochs: Floats, records: Sequence[dict[str, Any]], curves
     shown: list[Floats] = []
     lost: list[Floats] = []
     window = max(1, len(epochs) // 15)
-    for curve in curves:
+    for curve in [curve for curve in curves if any(curve.terms[0] in record for record in records)] or curves:
         values = _values(records, curve)
         smooth = _running_mean(values, window)
         finite = np.isfinite(values)
@@ -501,7 +502,7 @@ def _limits(values: Floats) -> tuple[float, float]:
 
 def _terms(records: Sequence[dict[str, Any]]) -> str:
     """Label of the generators' axis: which terms the sum has in this run."""
-    names = {"cycle_A": "cycle", "idt_A": "identity"}
+    names = {"cycle_A": "cycle", "idt_A": "identity", "L1_A": "L1", "L1_B": "L1"}
     present = [word for key, word in names.items() if any(key in record for record in records)]
     return "Generator loss\n" + " + ".join(["adversarial", *present])
 

@@ -1,4 +1,5 @@
-"""How near pictures are to the truth (PSNR, SSIM, multi-scale SSIM), and how near one set is to another (SWD).
+"""How near pictures are to the truth (PSNR, SSIM, multi-scale SSIM), how near one set is to another (SWD), and how much
+of a checkerboard is in them.
 
 Every function takes batches [N, C, H, W] as tensors, on any device, or as arrays. What their numbers mean is never
 guessed: ``uint8`` is 0 to 255, and floating-point pictures come with a ``value_range``, (-1, 1) for what the networks
@@ -22,9 +23,11 @@ from cyclegan_fast.errors import InputError
 
 __all__ = [
     "MS_SSIM_WEIGHTS",
+    "Checkerboard",
     "Interval",
     "SlicedWasserstein",
     "bootstrap",
+    "checkerboard",
     "ms_ssim",
     "ms_ssim_scales",
     "psnr",
@@ -287,6 +290,89 @@ def _without_each(rows: list[torch.return_types.sort], group: Tensor, groups: in
 def _jackknife_error(values: Floats) -> float:
     """Standard error from the values without each of G groups."""
     return float(np.sqrt((len(values) - 1) * values.var()))
+
+
+# Checkerboards
+
+_PERIODS = (2, 4)
+_LEAST_SIDE = 32  # with fewer pixels a frequency's neighbours are those of the next one
+_NEAR = range(-4, 5)
+
+
+@dataclass(frozen=True)
+class Checkerboard:
+    """Patterns of period 2 and of period 4, float64 [N, 2] each.
+
+    ``energy``: their mean square, in shares of the pictures' range, above what the neighbouring frequencies let expect;
+    below 0 where there is less, by chance. ``contrast``: their power relative to that of the neighbours; 1 for none.
+    """
+
+    energy: Tensor
+    contrast: Tensor
+
+
+def checkerboard(images: Pictures, *, value_range: Range = None) -> Checkerboard:
+    """How much of the patterns is in each picture that two doublings of the sides can draw (Odena et al. 2016).
+
+    A pattern that repeats every 2 pixels has frequencies of 0 and 1/2 a pixel only, one of 4 pixels those and 1/4, so
+    it stands out of a smooth spectrum as single lines: 3 of period 2, 12 more of period 4. Each line (of the spectrum
+    under a Hann window, means subtracted) is compared with the lines 2 to 4 places from it. Along a direction in which
+    a line is constant, so are these, because pictures, full of upright and level edges, have more power there. Energies
+    are averaged over channels. For `contrast`, both powers are taken with that of rounding to 8 bits, below which
+    nothing counts.
+
+    Both sides must have 32 pixels; the last ones are left out where a side is no multiple of 4.
+    """
+    batch = _as_batch(images, value_range, "images")
+    height, width = (side // 4 * 4 for side in batch.shape[2:])
+    if min(height, width) < _LEAST_SIDE:
+        raise InputError(
+            f"pictures of {batch.shape[2]} x {batch.shape[3]} pixels are too small for a spectrum: both sides must "
+            f"have {_LEAST_SIDE}"
+        )
+    window = _hann(height, batch)[:, None] * _hann(width, batch)
+    at_once = max(1, _PIXELS_AT_ONCE // batch[0].numel())
+    power = torch.cat([_power(part[:, :, :height, :width], window) for part in batch.split(at_once)])
+    rounding = window.square().sum() / window.sum().square() / (12 * 255**2)
+    energies, contrasts = [], []
+    for period in _PERIODS:
+        lines = [_line(power, row, column) for row, column in _frequencies(height, width, period)]
+        peaks = torch.stack([peak for peak, _ in lines], dim=1)
+        floors = torch.stack([floor for _, floor in lines], dim=1)
+        energies.append((peaks - floors).sum(dim=1))
+        contrasts.append((peaks + rounding).sum(dim=1) / (floors + rounding).sum(dim=1))
+    return Checkerboard(torch.stack(energies, dim=1), torch.stack(contrasts, dim=1))
+
+
+def _hann(size: int, like: Tensor) -> Tensor:
+    return torch.hann_window(size, periodic=True, dtype=like.dtype, device=like.device)
+
+
+def _power(images: Tensor, window: Tensor) -> Tensor:
+    """Power [N, H, W] of each frequency, averaged over channels: that of a pattern is its mean square."""
+    spectrum = torch.fft.fft2((images - images.mean(dim=(2, 3), keepdim=True)) * window) / window.sum()
+    power: Tensor = spectrum.abs().square().mean(dim=1)
+    return power
+
+
+def _frequencies(height: int, width: int, period: int) -> list[tuple[int, int]]:
+    """Row and column, in a spectrum of this size, of each line of a period that half the period has not."""
+
+    def lines(period: int) -> set[tuple[int, int]]:
+        return {(row * height // period, column * width // period) for row in range(period) for column in range(period)}
+
+    return sorted(lines(period) - lines(period // 2))
+
+
+def _line(power: Tensor, row: int, column: int) -> tuple[Tensor, Tensor]:
+    """Power of a line and the mean of its neighbours, [N] each."""
+    around = [
+        power[:, (row + down) % power.shape[1], (column + right) % power.shape[2]]
+        for down in (_NEAR if row else (0,))
+        for right in (_NEAR if column else (0,))
+        if max(abs(down), abs(right)) > 1  # a Hann window spreads a line to the places beside it
+    ]
+    return power[:, row, column], torch.stack(around).mean(dim=0)
 
 
 # Intervals

@@ -17,7 +17,12 @@ __all__ = ["FORMATS", "Job", "collect", "output_name", "plan_jobs"]
 FORMATS = ("jpg", "jpeg", "png", "tif", "tiff", "webp", "avif", "heic", "heif", "bmp")
 
 # The suffix an output gets for an input's, where it is not the same. Phones' HEIC becomes what everything can show.
-_SUFFIXES = {".heic": ".jpg", ".heif": ".jpg", ".ppm": ".png", ".pgm": ".png"}
+_SUFFIXES = {
+    **dict.fromkeys((".heic", ".heif", ".jfif", ".mpo"), ".jpg"),
+    **dict.fromkeys((".ppm", ".pgm", ".gif"), ".png"),
+}
+# Pictures taken up from folders: an animation is better listed as one than left out in silence.
+_TAKEN = EXTENSIONS | {".gif", ".jfif", ".mpo"}
 _WITH_ALPHA = frozenset((".png", ".tif", ".tiff", ".webp", ".avif"))
 
 
@@ -67,7 +72,7 @@ def _below(folder: Path, base: Path, out: Path, failed: list[tuple[Path, str]]) 
     for parent, folders, files in os.walk(folder, onerror=unreadable):
         here = Path(parent)
         folders[:] = [name for name in folders if name[0] != "." and _real(here / name) != skipped]
-        pictures += [here / name for name in files if name[0] != "." and Path(name).suffix.lower() in EXTENSIONS]
+        pictures += [here / name for name in files if name[0] != "." and Path(name).suffix.lower() in _TAKEN]
     return sorted((path, path.relative_to(base)) for path in pictures)
 
 
@@ -82,7 +87,7 @@ def _matching(pattern: Path, first: int, out: Path, failed: list[tuple[Path, str
             continue
         if match.is_dir():
             found += _below(match, base, out, failed)
-        elif match.suffix.lower() in EXTENSIONS:
+        elif match.suffix.lower() in _TAKEN:
             found.append((match, match.relative_to(base)))
     return found
 
@@ -129,7 +134,7 @@ def output_name(name: Path, suffix: str, file_format: str | None, alpha: bool) -
     if file_format is not None:
         ending = f".{file_format}"
     else:
-        known = name.suffix.lower() in EXTENSIONS
+        known = name.suffix.lower() in _TAKEN
         ending = _SUFFIXES.get(name.suffix.lower(), name.suffix) if known else ".jpg"
         if alpha and ending.lower() not in _WITH_ALPHA:
             ending = ".png"

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from cyclegan_fast.device import AUTOCAST
 from cyclegan_fast.errors import shown as shown_name
 from cyclegan_fast.models import reference
-from cyclegan_fast.models.reference import InstanceNorm, ResnetBlock, SameConv2d, SameConvTranspose2d
+from cyclegan_fast.models.reference import InstanceNorm, ResizeConv2d, ResnetBlock, SameConv2d, SameConvTranspose2d
 from cyclegan_fast.ops.instance_norm import runs_kernels
 from cyclegan_fast.ops.reflect_conv import reflect_conv2d
 from cyclegan_fast.progress import Bar
@@ -59,7 +59,7 @@ _BAR = "{desc}: {percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]"
 
 _LAYERS = (
     *(reference.ReflectionPad2d, nn.Conv2d, SameConv2d, nn.ConvTranspose2d, SameConvTranspose2d),
-    *(InstanceNorm, ResnetBlock, nn.ReLU, nn.Tanh),
+    *(ResizeConv2d, InstanceNorm, ResnetBlock, nn.ReLU, nn.Tanh),
 )
 
 # Elementwise work goes over so many bytes at a time, which stay in the cache from one operation to the next.
@@ -428,6 +428,21 @@ class _Transposed(_Rows):
         return y[:, :, first : first + bottom - top, : self.width]
 
 
+class _Doubled(_Rows):
+    """Each position as 2 x 2, for the convolution of a `ResizeConv2d`."""
+
+    def __init__(self, rows: _Rows) -> None:
+        self._rows = rows
+        self.channels, self.height, self.width = rows.channels, 2 * rows.height, 2 * rows.width
+        self.dtype, self.device = rows.dtype, rows.device
+        self.stretch, self.work = max(1.0, rows.stretch / 2), rows.work / 2
+
+    def read(self, top: int, bottom: int) -> Tensor:
+        low = top // 2
+        doubled = ResizeConv2d.resize(self._rows.read(low, (bottom + 1) // 2))
+        return doubled[:, :, top - 2 * low : bottom - 2 * low]
+
+
 class _Normed(_Rows):
     """An instance norm by statistics of the whole map, and ReLU."""
 
@@ -559,6 +574,8 @@ class _Walk:
                 reflect = int(layer.padding[0])
             elif isinstance(layer, nn.ConvTranspose2d):
                 rows = _Transposed(rows, layer, not normed, dtype)
+            elif isinstance(layer, ResizeConv2d):
+                rows = _Convolved(_Doubled(rows), layer, 1, not normed, dtype, impl)
             elif isinstance(layer, nn.Conv2d):
                 rows, reflect = _Convolved(rows, layer, reflect, not normed, dtype, impl), 0
             elif isinstance(layer, InstanceNorm):

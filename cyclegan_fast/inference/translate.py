@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -28,8 +29,12 @@ from cyclegan_fast.inference.tiles import (
     whole_bytes,
 )
 from cyclegan_fast.inference.upsample import enlarge, shrink, small_size
-from cyclegan_fast.models import build_generators
+from cyclegan_fast.inference.weights import AbsentGenerator, absent_generator, is_weights, read_weights
+from cyclegan_fast.models import build_augmented, build_generators
+from cyclegan_fast.models.augmented import StyledGenerator
 from cyclegan_fast.training.checkpoint import CheckpointError, find_checkpoint, read_checkpoint
+from cyclegan_fast.training.ema import select
+from cyclegan_fast.training.latents import latent_draws
 
 __all__ = ["DIRECTIONS", "Execution", "TranslationError", "Translator", "load"]
 
@@ -73,6 +78,9 @@ class Translator:
     ``device`` and ``precision`` are as in ``resolve_device`` and ``resolve_precision``, which say what they raise;
     ``auto`` computes in bf16 (fp32 weights, autocast) where the hardware multiplies in it. ``training_size`` is the
     short side of the pictures that they were trained on, None where pictures of any size were.
+
+    Generators that take a latent code beside the picture (`StyledGenerator`, of Augmented CycleGAN) have theirs fixed:
+    ``styled`` gives them another.
     """
 
     def __init__(
@@ -90,40 +98,75 @@ class Translator:
         self.device = resolve_device(device)
         self.precision = resolve_precision(precision, self.device)
         self.channels_A, self.channels_B = channels_A, channels_B
+        self._with_codes: tuple[StyledGenerator, StyledGenerator] | None = None
+        if isinstance(G_A, StyledGenerator) and isinstance(G_B, StyledGenerator):
+            self._with_codes = G_A, G_B
+            G_A, G_B = (G.styled(_code(G, 0, domain)) for G, domain in ((G_A, 1), (G_B, 0)))
         self.G_A, self.G_B = self._prepare(G_A), self._prepare(G_B)
 
     @classmethod
     def from_checkpoint(
-        cls, path: str | Path, which: str = "latest", device: str = "auto", precision: str = "auto"
+        cls,
+        path: str | Path,
+        which: str = "latest",
+        device: str = "auto",
+        precision: str = "auto",
+        weights: str = "auto",
     ) -> Translator:
         """The generators of a checkpoint file, or of a run folder's ``latest``, ``best`` or ``epoch-N`` checkpoint.
 
-        Raises CheckpointError when it is missing, damaged, or its weights and its configuration do not belong
-        together.
+        Or of the de-facto implementation's: a weights file, or a folder of them at epoch ``latest``, ``N`` or
+        ``iter_N`` (see ``inference.weights``). Raises CheckpointError or WeightsError when it is missing, damaged, or
+        its weights and its configuration do not belong together.
+
+        weights: ``ema``, the averages that `training.ema` keeps, ``raw``, the weights of the last step, or ``auto``,
+        the averages if the checkpoint has any.
         """
+        if is_weights(path):
+            theirs = read_weights(path, which, networks=("G_A", "G_B"))
+            G_A, G_B = theirs.generators()
+            A, B = theirs.model.channels_A, theirs.model.channels_B
+            return cls(G_A, G_B, channels_A=A, channels_B=B, device=device, precision=precision)
         file = find_checkpoint(Path(path), which)
-        content = read_checkpoint(file)
+        content = select(read_checkpoint(file), weights, file)
         try:
             config = from_dict(upgraded(content["config"]))
             model = config.model
         except ConfigError as error:
             raise CheckpointError(f"{file} holds a configuration that this version cannot use: {error}") from error
-        generators = _unfilled_generators(model, content["G_A"], file)
-        for name, generator in zip(("G_A", "G_B"), generators, strict=True):
-            weights = {key: weight.float() for key, weight in content[name].items()}
-            try:
-                generator.load_state_dict(weights, assign=True)
-            except RuntimeError as error:
-                raise CheckpointError(f"{file}: the weights of {name} do not fit its configuration: {error}") from error
-        G_A, G_B = generators
+        G_A, G_B = (_generator(model, content, name, file) for name in ("G_A", "G_B"))
         A, B = model.channels_A, model.channels_B
         size = None if config.data.preprocess in ("crop", "none") else config.data.load_size
         return cls(G_A, G_B, channels_A=A, channels_B=B, device=device, precision=precision, training_size=size)
+
+    def styled(self, seed: int) -> Translator:
+        """The translator with the random latent codes of a seed, an integer >= 0; a new one's are those of seed 0.
+
+        Raises InputError for another seed, and where the generators take no codes.
+        """
+        if self._with_codes is None:
+            raise InputError(f"seed = {seed}: these generators take no latent code, each picture has one translation")
+        if seed < 0:
+            raise InputError(f"seed = {seed} is not allowed: an integer >= 0")
+        G_A, G_B = self._with_codes
+        other = Translator(
+            G_A.styled(_code(G_A, seed, 1)),
+            G_B.styled(_code(G_B, seed, 0)),
+            channels_A=self.channels_A,
+            channels_B=self.channels_B,
+            device=str(self.device),
+            precision=self.precision,
+            training_size=self.training_size,
+        )
+        other._with_codes = self._with_codes
+        return other
 
     def channels(self, direction: str) -> tuple[int, int]:
         """Channels of the input and of the output of a direction. Raises InputError unless it is AtoB or BtoA."""
         if direction not in DIRECTIONS:
             raise InputError(f"direction {direction!r} is not one of {', '.join(DIRECTIONS)}")
+        if isinstance(generator := self.G_A if direction == "AtoB" else self.G_B, AbsentGenerator):
+            raise InputError(generator.reason)
         pair = (self.channels_A, self.channels_B)
         return pair if direction == "AtoB" else pair[::-1]
 
@@ -134,6 +177,7 @@ class Translator:
         direction: str = ...,
         *,
         truncate: bool = ...,
+        seed: int | None = ...,
         scale: int | str | None = ...,
         tile: int | None = ...,
         max_memory: int | None = ...,
@@ -146,6 +190,7 @@ class Translator:
         direction: str = ...,
         *,
         truncate: bool = ...,
+        seed: int | None = ...,
         scale: int | str | None = ...,
         tile: int | None = ...,
         max_memory: int | None = ...,
@@ -158,6 +203,7 @@ class Translator:
         direction: str = ...,
         *,
         truncate: bool = ...,
+        seed: int | None = ...,
         scale: int | str | None = ...,
         tile: int | None = ...,
         max_memory: int | None = ...,
@@ -169,6 +215,7 @@ class Translator:
         direction: str = "AtoB",
         *,
         truncate: bool = False,
+        seed: int | None = None,
         scale: int | str | None = None,
         tile: int | None = None,
         max_memory: int | None = None,
@@ -179,11 +226,12 @@ class Translator:
         * a path: the photograph, upright and in sRGB (``open_photo``); gives a PIL image
         * a PIL image of 8 bits a channel, its pixels taken as sRGB as they lie; alpha that the network does not take
           is laid over white; gives a PIL image of mode ``MODES[channels]``
-        * a uint8 array [H, W, C] (or [H, W] for one channel); gives the same
+        * a uint8 or uint16 array [H, W, C] (or [H, W] for one channel); gives the same
         * a floating-point tensor [N, C, H, W] in [-1, 1]; gives one of the same dtype on the same device
 
         8-bit results are rounded; ``truncate`` cuts off the fraction instead, as the de-facto implementation does
-        (tensors have nothing to cut off).
+        (tensors have nothing to cut off). ``seed`` chooses one of the possible translations, where there are many
+        (``styled``).
 
         A picture whose translation does not fit into free memory is computed in bands of rows, with the same result
         to rounding (``inference.tiles``). ``max_memory``: bytes that the translation may take at its peak, beside what
@@ -197,6 +245,11 @@ class Translator:
         Raises PhotoError for a file that cannot be used, ValueError for a wrong shape, dtype, mode, direction or
         option, and TranslationError when memory runs out (naming the size) or the result is not finite.
         """
+        if seed is not None:
+            translator = self.styled(seed)
+            return translator.translate(
+                image, direction, truncate=truncate, scale=scale, tile=tile, max_memory=max_memory, progress=progress
+            )
         execution = Execution(scale, tile, max_memory, progress)
         return self._run(image, direction, 1, truncate, execution)[0]
 
@@ -209,8 +262,11 @@ class Translator:
     def cycle(self, image: PictureLike, direction: str = "AtoB") -> Any:
         """Translate there and back: (generated, reconstructed), both as ``translate`` gives them.
 
-        The way back starts from the unrounded result, as in the cycle loss of the training.
+        The way back starts from the unrounded result, as in the cycle loss of the training. Raises InputError for
+        generators with latent codes, whose way back needs one that an encoder finds.
         """
+        if self._with_codes is not None:
+            raise InputError("generators with latent codes translate one way; there and back needs their encoders too")
         return self._run(image, direction, 2, False, Execution())
 
     def short_side(self, scale: int | str | None) -> int | None:
@@ -341,11 +397,39 @@ def _unfilled_generators(model: ModelConfig, weights: Mapping[str, Tensor], file
         raise CheckpointError(f"{misfit}, but there are {len(weights)} tensors")
     try:
         with torch.device("meta"):  # without spending time and random numbers on weights that are replaced next
+            if model.method == "augmented":
+                networks = build_augmented(model)
+                return networks["G_A"], networks["G_B"]
             return build_generators(model)
     except (RuntimeError, TypeError, ValueError) as error:  # more than torch can count
         raise CheckpointError(f"{misfit}, model.ngf = {model.ngf}: {error}") from error
 
 
-def load(path: str | Path, *, which: str = "latest", device: str = "auto", precision: str = "auto") -> Translator:
-    """The translator of a run folder or a checkpoint file; see ``Translator.from_checkpoint``."""
-    return Translator.from_checkpoint(path, which, device, precision)
+def _generator(model: ModelConfig, content: Mapping[str, Any], name: str, file: Path) -> nn.Module:
+    """A generator with its weights, or what stands for one that the checkpoint lacks. Raises CheckpointError."""
+    if name not in content:
+        return absent_generator(file, name)
+    generator = _unfilled_generators(model, content[name], file)[name == "G_B"]
+    try:
+        generator.load_state_dict({key: weight.float() for key, weight in content[name].items()}, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{file}: the weights of {name} do not fit its configuration: {error}") from error
+    return generator
+
+
+def _code(generator: StyledGenerator, seed: int, domain: int) -> Tensor:
+    """The random code [latent] of a seed for pictures of a domain, 0 for A."""
+    (code,) = latent_draws(seed, np.zeros(1, dtype=np.int64), generator.latent, domain)
+    return torch.from_numpy(code).to(generator.style.weight)
+
+
+def load(
+    path: str | Path,
+    *,
+    which: str = "latest",
+    device: str = "auto",
+    precision: str = "auto",
+    weights: str = "auto",
+) -> Translator:
+    """The translator of a run folder, a checkpoint file or de-facto weights; see ``Translator.from_checkpoint``."""
+    return Translator.from_checkpoint(path, which, device, precision, weights)

@@ -12,7 +12,8 @@ that must cross the device's memory at a level of fusion, every tensor once for 
     iii   normalise, activation and reflection while the next convolution loads: nothing but convolutions is left
 
 What is left out, a per cent or less: losses, image pools, dropout's masks, the cropping of sizes that are no multiple
-of 4, the norms' statistics themselves, and the second derivative that the gradient penalty of wgangp takes.
+of 4, the norms' statistics themselves, spectral norms of weights, averaged weights, and the second derivative that the
+gradient penalty of wgangp takes.
 Weights and the optimisers count separately (`weights`, `optimiser`), since they do not grow with the pictures.
 """
 
@@ -90,7 +91,7 @@ class Layer:
     vectors: int
     """Parameters beside them: bias and affine norm."""
     padding: str = ""
-    """``reflect``, or ``zero`` where the zeros are not the same on both sides."""
+    """``reflect``, ``resize`` (to twice the sides, then reflected), or ``zero`` where zeros are not on all sides."""
     bias: bool = False
     norm: bool = True
     activation: bool = True
@@ -98,6 +99,8 @@ class Layer:
     """The block's input is added after the norm."""
     block: bool = False
     """Inside a residual block."""
+    joined: int = 0
+    """Elements of the input that come past the level inside, in a U-Net; a copy puts both parts together."""
 
     @property
     def parameters(self) -> int:
@@ -154,7 +157,7 @@ def training_step(step: Step) -> Work:
 
 
 def configured(config: Config, height: int, width: int, *, precision: str, fused: bool) -> Step:
-    """One process's step of a run on pictures of height x width, in a resolved precision.
+    """One process's step of a run of CycleGAN or pix2pix on pictures of height x width, in a resolved precision.
 
     ``fused``: the networks run by the fused operations. Recomputation is left out: these are the FLOP and bytes that
     the step needs, by which the speed of an execution is judged.
@@ -190,7 +193,7 @@ def step_kernels(step: Step) -> Iterator[Kernel]:
 
 
 def step_passes(step: Step) -> list[Pass]:
-    """The runs of the four networks in one step, in the order of `training.step`."""
+    """The runs of the networks in one step of CycleGAN or pix2pix, in the order of `training.step`."""
     networks = _networks(step)
     together = step.identity and step.batched
     passes: list[Pass] = []
@@ -199,6 +202,13 @@ def step_passes(step: Step) -> list[Pass]:
         passes.append(Pass(name, networks[name], batches * step.batch, weight, entry))
 
     for _ in range(step.accumulate):
+        if step.model.method == "pix2pix":
+            G, D = networks
+            add(G)
+            add(D, weight=False, entry=True)
+            for _ in range(1 if step.batched else 2):
+                add(D, 2 if step.batched else 1)
+            continue
         for name in ("G_A", "G_B"):  # the fakes, and the identity beside them
             add(name, 2 if together else 1)
             if step.identity and not together:
@@ -221,7 +231,7 @@ def activation_bytes(step: Step) -> float:
     keeps its input only; the one block under recomputation is not counted.
     """
     count = 0
-    passes = [one for one in step_passes(replace(step, accumulate=1)) if one.network in ("G_A", "G_B")]
+    passes = [one for one in step_passes(replace(step, accumulate=1)) if one.network.startswith("G")]
     passes += [one for one in step_passes(replace(step, accumulate=1)) if not one.weight_gradient]
     for one in passes:
         count += one.pictures * sum(
@@ -238,8 +248,7 @@ def weights(step: Step) -> Work:
     generators' half and in the discriminators', and their gradients back to float32.
     """
     size, passes, total = BYTES[step.precision], step_passes(step), Work()
-    for name in ("G_A", "G_B", "D_A", "D_B"):
-        layers = _networks(step)[name]
+    for name, layers in _networks(step).items():
         filters, tensors = sum(layer.filters for layer in layers), sum(1 + layer.bias for layer in layers)
         own = [one for one in passes if one.network == name]
         trained = sum(one.weight_gradient for one in own)
@@ -258,9 +267,11 @@ def optimiser(step: Step) -> Work:
 
 
 def generator_layers(model: ModelConfig, in_channels: int, out_channels: int, h: int, w: int) -> tuple[Layer, ...]:
-    """The layers of a `ResnetGenerator` on a picture of h x w."""
+    """The layers of a generator on a picture of h x w."""
+    if model.generator != "resnet":
+        return _unet_layers(model, in_channels, out_channels, h, w)
     h, w = (max(-(-side // 4) * 4, 8) for side in (h, w))
-    make = _LayerMaker(model.preset, in_channels, h, w)
+    make = _LayerMaker(model, in_channels, h, w)
     ngf = model.ngf
     make.conv("stem", ngf, 7, padding="reflect")
     make.conv("down1", 2 * ngf, 3, stride=2)
@@ -268,15 +279,28 @@ def generator_layers(model: ModelConfig, in_channels: int, out_channels: int, h:
     for index in range(model.blocks):
         make.conv(f"block{index}.conv1", 4 * ngf, 3, padding="reflect", block=True)
         make.conv(f"block{index}.conv2", 4 * ngf, 3, padding="reflect", block=True, activation=False, residual=True)
-    make.double("up1", 2 * ngf)
-    make.double("up2", ngf)
+    for name, channels in (("up1", 2 * ngf), ("up2", ngf)):
+        make.double(name, channels, resize=model.upsample == "resize")
     make.conv("head", out_channels, 7, padding="reflect", norm=False)
+    return tuple(make.layers)
+
+
+def _unet_layers(model: ModelConfig, in_channels: int, out_channels: int, h: int, w: int) -> tuple[Layer, ...]:
+    """The layers of a `UnetGenerator`, which runs as plain PyTorch at every level of fusion but the norms'."""
+    multiple = int(model.generator.removeprefix("unet_"))
+    downs = multiple.bit_length() - 1
+    make = _LayerMaker(model, in_channels, -(-h // multiple) * multiple, -(-w // multiple) * multiple)
+    widths = [model.ngf * min(2**level, 8) for level in range(downs)]
+    for level, width in enumerate(widths):
+        make.conv(f"down{level}", width, 4, stride=2, norm=0 < level < downs - 1, bias=not model.affine)
+    for level, width in reversed(list(enumerate([out_channels, *widths[:-1]]))):
+        make.double(f"up{level}", width, 4, joined=level < downs - 1, norm=level > 0)
     return tuple(make.layers)
 
 
 def discriminator_layers(model: ModelConfig, in_channels: int, h: int, w: int) -> tuple[Layer, ...]:
     """The layers of a `PatchDiscriminator` or `PixelDiscriminator` on a picture of h x w."""
-    make = _LayerMaker(model.preset, in_channels, h, w)
+    make = _LayerMaker(model, in_channels, h, w)
     if model.discriminator == "pixel":
         make.conv("first", model.ndf, 1, norm=False)
         make.conv("second", 2 * model.ndf, 1)
@@ -293,16 +317,20 @@ def discriminator_layers(model: ModelConfig, in_channels: int, h: int, w: int) -
 class _LayerMaker:
     """Adds layers one after another and keeps the size they leave."""
 
-    def __init__(self, preset: str, channels: int, h: int, w: int) -> None:
+    def __init__(self, model: ModelConfig, channels: int, h: int, w: int) -> None:
         self.layers: list[Layer] = []
-        self._keras = preset == "keras"
+        self._keras = model.preset == "keras"
+        self._affine = self._keras or model.affine
         self._channels, self._h, self._w = channels, h, w
 
     def conv(
         self, name: str, channels: int, kernel: int, *, stride: int = 1, padding: str = "", norm: bool = True,
-        activation: bool = True, residual: bool = False, block: bool = False,
+        activation: bool = True, residual: bool = False, block: bool = False, bias: bool = True,
     ) -> None:  # fmt: skip
-        """A convolution: reflected, else padded by zeros as the preset says; 1x1 has no padding."""
+        """A convolution: reflected, else padded by zeros as the preset says; 1x1 has no padding.
+
+        ``bias``: it has one where no norm follows.
+        """
         h, w = self._h, self._w
         if padding == "reflect":
             padded, size = (h + kernel - 1, w + kernel - 1), (h, w)
@@ -316,19 +344,36 @@ class _LayerMaker:
             padded = (h + extra[0], w + extra[1]) if padding else (h, w)
         filters = self._channels * channels * kernel * kernel
         self._add(name, channels, size, padded, filters, filters * size[0] * size[1], padding, norm, activation,
-                  residual, block)  # fmt: skip
+                  residual, block, bias)  # fmt: skip
 
-    def double(self, name: str, channels: int) -> None:
-        """A transposed 3x3 convolution that doubles both sides."""
-        filters = self._channels * channels * 9
-        size, macs = (2 * self._h, 2 * self._w), filters * self._h * self._w
-        self._add(name, channels, size, (self._h, self._w), filters, macs, "", True, True, False, False)
+    def double(
+        self,
+        name: str,
+        channels: int,
+        kernel: int = 3,
+        *,
+        resize: bool = False,
+        joined: bool = False,
+        norm: bool = True,
+    ) -> None:
+        """A convolution that doubles both sides, transposed or after a resize.
+
+        ``joined``: of as many channels again from elsewhere.
+        """
+        past = self._channels * self._h * self._w if joined else 0
+        self._channels *= 1 + joined
+        filters, positions = self._channels * channels * kernel**2, self._h * self._w
+        size, padded, padding = (2 * self._h, 2 * self._w), (self._h, self._w), ""
+        if resize:
+            positions, padded, padding = 4 * positions, (size[0] + 2, size[1] + 2), "resize"
+        macs = filters * positions
+        self._add(name, channels, size, padded, filters, macs, padding, norm, True, False, False, True, past)
 
     def _add(
         self, name: str, channels: int, size: tuple[int, int], padded: tuple[int, int], filters: int, macs: int,
-        padding: str, norm: bool, activation: bool, residual: bool, block: bool,
+        padding: str, norm: bool, activation: bool, residual: bool, block: bool, bias: bool, joined: int = 0,
     ) -> None:  # fmt: skip
-        bias = not (norm and self._keras)
+        bias = bias and not (norm and self._affine)
         self.layers.append(
             Layer(
                 name,
@@ -337,13 +382,14 @@ class _LayerMaker:
                 input=self._channels * padded[0] * padded[1],
                 output=channels * size[0] * size[1],
                 filters=filters,
-                vectors=channels * bias + 2 * channels * (norm and self._keras),
+                vectors=channels * bias + 2 * channels * (norm and self._affine),
                 padding=padding,
                 bias=bias,
                 norm=norm,
                 activation=activation,
                 residual=residual,
                 block=block,
+                joined=joined,
             )
         )
         self._channels, self._h, self._w = channels, *size
@@ -351,6 +397,11 @@ class _LayerMaker:
 
 def _networks(step: Step) -> dict[str, tuple[Layer, ...]]:
     model, h, w = step.model, step.height, step.width
+    if model.method == "pix2pix":
+        A, B = model.channels_A, model.channels_B
+        suffix, source, target = ("A", A, B) if model.direction == "AtoB" else ("B", B, A)
+        G, D = generator_layers(model, source, target, h, w), discriminator_layers(model, A + B, h, w)
+        return {f"G_{suffix}": G, f"D_{suffix}": D}
     return {
         "G_A": generator_layers(model, model.channels_A, model.channels_B, h, w),
         "G_B": generator_layers(model, model.channels_B, model.channels_A, h, w),
@@ -374,14 +425,14 @@ def _neighbours(layers: tuple[Layer, ...]) -> Iterator[tuple[Layer | None, Layer
 def _forward(one: Pass, step: Step) -> Iterator[Kernel]:
     rule = _forward_eager if step.level in ("i+", "i") else _forward_fused
     for before, layer, after in _neighbours(one.layers):
-        for kind, flop, elements in rule(before, layer, after, step.level):
+        for kind, flop, elements in (*_join(layer), *rule(before, layer, after, step.level)):
             yield Kernel(kind, flop * one.pictures, elements * one.pictures * BYTES[step.precision])
 
 
 def _backward(one: Pass, step: Step) -> Iterator[Kernel]:
     rule = _backward_eager if step.level in ("i+", "i") else _backward_fused
     for before, layer, after in _neighbours(one.layers):
-        for kind, flop, elements in rule(before, layer, after, step.level):
+        for kind, flop, elements in (*rule(before, layer, after, step.level), *_part(layer)):
             needless = before is None and not one.input_gradient and kind in ("dgrad", "pad")
             if not needless and (one.weight_gradient or kind not in ("wgrad", "bias")):
                 yield Kernel(kind, flop * one.pictures, elements * one.pictures * BYTES[step.precision])
@@ -389,6 +440,20 @@ def _backward(one: Pass, step: Step) -> Iterator[Kernel]:
 
 # Below, (kind, FLOP, elements moved) of each kernel for one picture; x is a layer's input, y its output.
 _Counts = Iterator[tuple[str, int, int]]
+
+
+def _join(layer: Layer) -> _Counts:
+    """What comes past a level is put beside what comes out of it, and activated there."""
+    if layer.joined:
+        yield "join", 0, 2 * layer.input
+        yield "activation", 0, 2 * layer.joined
+
+
+def _part(layer: Layer) -> _Counts:
+    """The gradient of what comes past a level, added to the one through it."""
+    if layer.joined:
+        yield "activation", 0, 3 * layer.joined
+        yield "sum", 0, 3 * layer.joined
 
 
 def _forward_eager(before: Layer | None, layer: Layer, after: Layer | None, level: str) -> _Counts:  # noqa: ARG001
@@ -429,9 +494,9 @@ def _backward_eager(before: Layer | None, layer: Layer, after: Layer | None, lev
 
 
 def _forward_fused(before: Layer | None, layer: Layer, after: Layer | None, level: str) -> _Counts:
-    y, zeros = layer.output, layer.padding == "zero" and level != "iii"
+    y, copied = layer.output, layer.padding in ("zero", "resize") and level != "iii"
     x = layer.source if level == "iii" or before is None else layer.input
-    if zeros:
+    if copied:
         yield "pad", 0, layer.source + layer.input
     # At level iii whoever reads the residual stream adds to it: reads it and the block's norm input, writes it.
     stream = 2 * layer.source if level == "iii" and before is not None and before.residual else 0
@@ -466,7 +531,7 @@ def _backward_fused(before: Layer | None, layer: Layer, after: Layer | None, lev
     sums = layer.source if level == "ii+" and before is not None and before.norm and not before.residual else 0
     yield "dgrad", layer.flop, x + y + sums
     yield "wgrad", layer.flop, x + y
-    if layer.padding == "zero":
+    if layer.padding in ("zero", "resize"):
         yield "pad", 0, layer.source + layer.input
 
 

@@ -8,13 +8,22 @@ D_Y, D_B its D_X.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-__all__ = ["InstanceNorm", "PatchDiscriminator", "PixelDiscriminator", "ResnetBlock", "ResnetGenerator"]
+__all__ = [
+    "InstanceNorm",
+    "PatchDiscriminator",
+    "PixelDiscriminator",
+    "ResnetBlock",
+    "ResnetGenerator",
+    "SpectralNorm",
+    "power_iteration",
+]
 
 
 @dataclass(frozen=True)
@@ -25,11 +34,12 @@ class _Style:
     affine: bool
     eps: float
     same_padding: bool  # TensorFlow's "same" instead of symmetric zero padding
+    scale: float  # mean of the affine norms' initial scales
 
 
 _STYLES = {
-    "original": _Style(hidden_bias=True, affine=False, eps=1e-5, same_padding=False),
-    "keras": _Style(hidden_bias=False, affine=True, eps=1e-3, same_padding=True),
+    "original": _Style(hidden_bias=True, affine=False, eps=1e-5, same_padding=False, scale=1.0),
+    "keras": _Style(hidden_bias=False, affine=True, eps=1e-3, same_padding=True, scale=0.0),
 }
 
 # The two halvings need multiples of 4, and the reflection by 1 at a quarter of the size needs 2 positions there.
@@ -146,6 +156,65 @@ class SameConvTranspose2d(nn.ConvTranspose2d):
         return super().forward(x, output_size)[:, :, :-1, :-1]
 
 
+class ResizeConv2d(nn.Conv2d):
+    """Nearest-neighbour resize to twice both sides, then a 3x3 convolution over the reflected border.
+
+    A transposed 3x3 convolution of stride 2 reaches some results by one weight and their neighbours by four, and so
+    draws checkerboards; here every result is reached by nine (Odena et al. 2016, "Deconvolution and Checkerboard
+    Artifacts"). x: [N, C, H, W], H, W >= 1 -> [N, K, 2H, 2W]; weight: [K, C, 3, 3].
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, bias: bool) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=3, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(ReflectionPad2d(1)(self.resize(x)))
+
+    @staticmethod
+    def resize(x: Tensor) -> Tensor:
+        """Each position as 2 x 2."""
+        return F.interpolate(x, scale_factor=2, mode="nearest")
+
+
+class SpectralNorm(nn.Module):
+    """Weights divided by their largest singular value (Miyato et al. 2018, arXiv:1802.05957): a parametrization.
+
+    weight [K, ...] counts as a matrix [K, n]. Its largest singular value is u' W v, where the unit vectors u [K] and
+    v [n] are constants for the gradient (eq. 12 of the paper) and follow the weights by `power_iteration`. Unlike in
+    `torch.nn.utils.parametrizations.spectral_norm`, whose state-dict keys these are, running a network changes
+    nothing: all passes of a training step, however many there are, see the same weights.
+    """
+
+    _u: Tensor
+    _v: Tensor
+
+    def __init__(self, weight: Tensor, *, iterations: int = 15) -> None:
+        super().__init__()
+        matrix = weight.detach().flatten(1)
+        self.register_buffer("_u", F.normalize(torch.randn_like(matrix[:, 0]), dim=0))
+        self.register_buffer("_v", F.normalize(torch.randn_like(matrix[0]), dim=0))
+        for _ in range(iterations):
+            self.iterate(weight)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        # Products and a sum, which autocast leaves in the weights' float32.
+        return weight / (self._u[:, None] * weight.flatten(1) * self._v).sum()
+
+    @torch.no_grad()
+    def iterate(self, weight: Tensor) -> None:
+        """One step of the power iteration, in place (algorithm 1 of the paper)."""
+        matrix = weight.flatten(1)
+        self._v.copy_(F.normalize(matrix.T @ self._u, dim=0))
+        self._u.copy_(F.normalize(matrix @ self._v, dim=0))
+
+
+def power_iteration(network: nn.Module) -> None:
+    """One step for each weight under `SpectralNorm`; training does it after each step of the optimiser."""
+    for module in network.modules():
+        if isinstance(module, parametrize.ParametrizationList) and isinstance(module[0], SpectralNorm):
+            module[0].iterate(module.original)
+
+
 class ResnetBlock(nn.Module):
     """x + norm(conv(pad(drop(relu(norm(conv(pad(x)))))))), without an activation after the sum. [N, C, H, W]."""
 
@@ -179,8 +248,11 @@ class ResnetGenerator(nn.Module):
     reflection where the picture is large enough for it, else by repeating its border, and cropped at the end; every
     other size goes through `model` as it is. State-dict keys are those of the de-facto implementation.
 
-    preset: ``original`` or ``keras``; init_gain: standard deviation of the normal initialisation, drawn from torch's
-    default generator. Raises ValueError for an impossible argument and for an input of another shape.
+    preset: ``original`` or ``keras``; affine: norms with a scale and a shift for each channel, and no biases before
+    them, in preset ``original`` too; upsample: ``transposed`` or ``resize`` (`ResizeConv2d`, whose weights have the
+    keys of the transposed convolutions and the shape of a convolution); init_gain: standard deviation of the normal
+    initialisation, drawn from torch's default generator. Raises ValueError for an impossible argument and for an input
+    of another shape.
     """
 
     def __init__(
@@ -191,11 +263,13 @@ class ResnetGenerator(nn.Module):
         blocks: int = 9,
         *,
         preset: str = "original",
+        affine: bool = False,
+        upsample: str = "transposed",
         dropout: bool = False,
         init_gain: float = 0.02,
     ) -> None:
         super().__init__()
-        style = _style(preset)
+        style = _style(preset, affine)
         _check_positive(in_channels=in_channels, out_channels=out_channels, ngf=ngf, blocks=blocks)
         self.in_channels = in_channels
         layers: list[nn.Module] = [
@@ -209,11 +283,11 @@ class ResnetGenerator(nn.Module):
             layers += [down, _norm(2 * width, style), nn.ReLU(inplace=True)]
         layers += [ResnetBlock(4 * ngf, style, dropout=dropout) for _ in range(blocks)]
         for width in (2 * ngf, ngf):
-            layers += [_double(2 * width, width, style), _norm(width, style), nn.ReLU(inplace=True)]
+            layers += [_double(2 * width, width, style, upsample), _norm(width, style), nn.ReLU(inplace=True)]
         last = nn.Conv2d(ngf, out_channels, 7)
         layers += [ReflectionPad2d(3), last, nn.Tanh()]
         self.model = nn.Sequential(*layers)
-        _initialise(self, init_gain)
+        _initialise(self, init_gain, style.scale)
         if preset == "keras":
             # The one convolution of the Keras example that is left to Keras' default, Glorot uniform.
             nn.init.xavier_uniform_(last.weight)
@@ -238,8 +312,9 @@ class PatchDiscriminator(nn.Module):
 
     x: [N, in_channels, H, W] -> logits [N, 1, h, w], without a sigmoid: preset ``original`` gives
     h = H // 2**layers - 2 (30 for 256), ``keras`` gives h = ceil(H / 2**layers) (32 for 256). State-dict keys are
-    those of the de-facto implementation. Raises ValueError for an impossible argument, and for an input of another
-    shape or too small to give a logit.
+    those of the de-facto implementation. spectral_norm: all weights under `SpectralNorm`, beside the instance norms;
+    a weight's key then is, for the first, ``model.0.parametrizations.weight.original``, with its vectors beside it.
+    Raises ValueError for an impossible argument, and for an input of another shape or too small to give a logit.
     """
 
     def __init__(
@@ -249,10 +324,12 @@ class PatchDiscriminator(nn.Module):
         layers: int = 3,
         *,
         preset: str = "original",
+        affine: bool = False,
+        spectral_norm: bool = False,
         init_gain: float = 0.02,
     ) -> None:
         super().__init__()
-        style = _style(preset)
+        style = _style(preset, affine)
         _check_positive(in_channels=in_channels, ndf=ndf, layers=layers)
         self.in_channels = in_channels
         self.layers = layers
@@ -265,7 +342,9 @@ class PatchDiscriminator(nn.Module):
             stages += [conv, _norm(width, style), nn.LeakyReLU(0.2, inplace=True)]
         stages.append(_conv(width, 1, 4, 1, style, bias=True))
         self.model = nn.Sequential(*stages)
-        _initialise(self, init_gain)
+        _initialise(self, init_gain, style.scale)
+        if spectral_norm:
+            _normalise_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
         _check_input(x, self.in_channels, "PatchDiscriminator")
@@ -294,14 +373,22 @@ class PixelDiscriminator(nn.Module):
     """1x1 convolutions only, which judge each pixel by its own colour.
 
     x: [N, in_channels, H, W] -> logits [N, 1, H, W], without a sigmoid. H * W >= 2. State-dict keys are those of the
-    de-facto implementation. Raises ValueError for an impossible argument and for an input of another shape.
+    de-facto implementation; spectral_norm as in `PatchDiscriminator`. Raises ValueError for an impossible argument and
+    for an input of another shape.
     """
 
     def __init__(
-        self, in_channels: int = 3, ndf: int = 64, *, preset: str = "original", init_gain: float = 0.02
+        self,
+        in_channels: int = 3,
+        ndf: int = 64,
+        *,
+        preset: str = "original",
+        affine: bool = False,
+        spectral_norm: bool = False,
+        init_gain: float = 0.02,
     ) -> None:
         super().__init__()
-        style = _style(preset)
+        style = _style(preset, affine)
         _check_positive(in_channels=in_channels, ndf=ndf)
         self.in_channels = in_channels
         self.net = nn.Sequential(
@@ -312,7 +399,9 @@ class PixelDiscriminator(nn.Module):
             nn.LeakyReLU(0.2, inplace=True),
             nn.Conv2d(2 * ndf, 1, 1),
         )
-        _initialise(self, init_gain)
+        _initialise(self, init_gain, style.scale)
+        if spectral_norm:
+            _normalise_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
         _check_input(x, self.in_channels, "PixelDiscriminator")
@@ -332,8 +421,12 @@ def _conv(in_channels: int, out_channels: int, kernel: int, stride: int, style: 
     return nn.Conv2d(in_channels, out_channels, kernel, stride, padding=1, bias=bias)
 
 
-def _double(in_channels: int, out_channels: int, style: _Style) -> nn.ConvTranspose2d:
-    """The transposed convolution that doubles both sides."""
+def _double(in_channels: int, out_channels: int, style: _Style, upsample: str) -> nn.ConvTranspose2d | ResizeConv2d:
+    """The convolution that doubles both sides, transposed or after a resize."""
+    if upsample == "resize":
+        return ResizeConv2d(in_channels, out_channels, bias=style.hidden_bias)
+    if upsample != "transposed":
+        raise ValueError(f"upsample = {upsample!r} is not known: one of transposed, resize")
     if style.same_padding:
         return SameConvTranspose2d(in_channels, out_channels, bias=style.hidden_bias)
     return nn.ConvTranspose2d(
@@ -345,15 +438,22 @@ def _norm(channels: int, style: _Style) -> InstanceNorm:
     return InstanceNorm(channels, eps=style.eps, affine=style.affine)
 
 
-def _initialise(network: nn.Module, gain: float) -> None:
-    """Weights N(0, gain), affine scales N(0, gain) too as in the Keras example, biases 0."""
+def _initialise(network: nn.Module, gain: float, scale: float) -> None:
+    """Weights N(0, gain), affine scales N(scale, gain), biases 0."""
     for module in network.modules():
         if not isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, InstanceNorm)):
             continue
         if module.weight is not None:
-            nn.init.normal_(module.weight, 0.0, gain)
+            nn.init.normal_(module.weight, scale if isinstance(module, InstanceNorm) else 0.0, gain)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def _normalise_weights(network: nn.Module) -> None:
+    """Put the weights of all convolutions under `SpectralNorm`."""
+    for module in list(network.modules()):
+        if isinstance(module, nn.Conv2d):
+            parametrize.register_parametrization(module, "weight", SpectralNorm(module.weight))
 
 
 def _extend(x: Tensor, dim: int) -> Tensor:
@@ -369,10 +469,12 @@ def _extend(x: Tensor, dim: int) -> Tensor:
     return F.pad(x, padding, mode="replicate")
 
 
-def _style(preset: str) -> _Style:
+def _style(preset: str, affine: bool = False) -> _Style:
+    """The preset's, with affine norms also where it has none, and then without the biases before them."""
     if preset not in _STYLES:
         raise ValueError(f"preset = {preset!r} is not known: one of {', '.join(_STYLES)}")
-    return _STYLES[preset]
+    style = _STYLES[preset]
+    return replace(style, affine=True, hidden_bias=False) if affine else style
 
 
 def _check_positive(**counts: int) -> None:

@@ -23,53 +23,29 @@ import contextlib
 import hashlib
 import logging
 import os
-import pickletools
 import re
 import shutil
 import stat
 import struct
-import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cyclegan_fast.atomic import replacing
 from cyclegan_fast.errors import InputError
+from cyclegan_fast.tensor_file import Archive, Refused, check_directory, physical_memory
 
 logger = logging.getLogger("cyclegan_fast.checkpoint")
 
 FORMAT = 1
 _COMMENT = b"cyclegan_fast sha256 "
 _COMMENT_BYTES = len(_COMMENT) + 64
-_REQUIRED = ("format", "config", "G_A", "G_B", "position")
+_REQUIRED = ("format", "config", "position")
 _STEP_FILE = re.compile(r"step-(\d{8,})\.ckpt")
-
-# Limits of what is read: some 90,000 tensors. A usual checkpoint has 500.
-_DIRECTORY_BYTES = 6 << 20  # of the zip file's directory
-_PICKLE_BYTES = 32 << 20  # of the instructions that build everything but the tensors' elements
-_INSTRUCTIONS = 4_000_000
-_VALUES = 1_000_000  # plain values and characters of text, counted wherever they are referred to
-_DEPTH = 32
-_SHARED = 4  # how often the tensors together may refer to the bytes of the file
-
-_DTYPES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
 
 
 class CheckpointError(InputError):
@@ -87,7 +63,7 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
         with replacing(path) as temporary:
             torch.save({"format": FORMAT, **content}, temporary)
             _append_checksum(temporary)
-    except (OSError, RuntimeError, _Refused) as error:  # torch reports a failed write as RuntimeError
+    except (OSError, RuntimeError, Refused) as error:  # torch reports a failed write as RuntimeError
         raise CheckpointError(f"cannot write the checkpoint {path}: {error}") from error
 
 
@@ -102,16 +78,18 @@ def read_checkpoint(path: str | Path, *, map_location: str | torch.device = "cpu
     try:
         with _opened(path) as file:
             _verify(path, file)
-            content = _Archive(file).load(map_location)
+            content = Archive(file).load(map_location)
     except CheckpointError:
         raise
-    except _Refused as error:
+    except Refused as error:
         raise CheckpointError(f"{path} {error}") from None
     except MemoryError as error:
         raise CheckpointError(f"{path} cannot be read: there is not enough memory for it") from error
     except (OSError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile, struct.error) as error:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from error
-    missing = [key for key in _REQUIRED if not isinstance(content, dict) or key not in content]
+    missing = [
+        key for key in (*_REQUIRED, *_generators(content)) if not isinstance(content, dict) or key not in content
+    ]
     if missing:
         raise CheckpointError(f"{path} is not a cyclegan_fast checkpoint: it lacks {', '.join(missing)}")
     if type(content["format"]) is not int or content["format"] != FORMAT:
@@ -120,7 +98,7 @@ def read_checkpoint(path: str | Path, *, map_location: str | torch.device = "cpu
     for key, (is_right, right) in _PARTS.items():
         if key in content and not is_right(content[key]):
             raise CheckpointError(f"{path}: its {key} is not {right}, but {_kind(content[key])}")
-    for key, networks in _OPTIMIZED.items():
+    for key, networks in _TRAINED_BY.items():
         if key in content and not _fits(content[key], [content.get(name) for name in networks]):
             raise CheckpointError(f"{path}: its {key} has moments of other shapes than the weights of its networks")
     result: dict[str, Any] = content
@@ -250,13 +228,9 @@ def _append_checksum(path: Path) -> None:
         file.write(_COMMENT_BYTES.to_bytes(2, "little"))
         file.seek(0)
         digest = _digest(file, None)
-        _check_directory(file, file.seek(0, os.SEEK_END))  # or nobody would read it
+        check_directory(file, file.seek(0, os.SEEK_END))  # or nobody would read it
         file.seek(0, os.SEEK_END)
         file.write(_COMMENT + digest.hexdigest().encode())
-
-
-class _Refused(Exception):  # noqa: N818 - becomes a CheckpointError
-    """What is wrong with a file, as the rest of a sentence that begins with its name."""
 
 
 @contextlib.contextmanager
@@ -275,276 +249,18 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
 def _verify(path: Path, file: IO[bytes]) -> None:
     """Check the end of the file, its directory and its checksum, in this order: the dearest comes last."""
     size = file.seek(0, os.SEEK_END)
-    memory = _physical_memory()
+    memory = physical_memory()
     file.seek(max(0, size - _COMMENT_BYTES))
     comment = file.read(_COMMENT_BYTES)
     if not comment.startswith(_COMMENT):
         raise CheckpointError(f"{path} has no checksum at its end: it is cut off, or not a cyclegan_fast checkpoint")
     if memory is not None and size > memory:
-        raise _Refused(f"has {size / 1e9:.0f} GB, more than this machine's memory, {memory / 1e9:.0f} GB")
-    _check_directory(file, size - _COMMENT_BYTES)
+        raise Refused(f"has {size / 1e9:.0f} GB, more than this machine's memory, {memory / 1e9:.0f} GB")
+    check_directory(file, size - _COMMENT_BYTES)
     file.seek(0)
     digest = _digest(file, size - _COMMENT_BYTES).hexdigest().encode()
     if digest != comment[len(_COMMENT) :]:
         raise CheckpointError(f"{path} is damaged: its content does not match its checksum")
-
-
-def _check_directory(file: IO[bytes], end: int) -> None:
-    """Refuse a zip directory too long to be read into memory; the file's end record ends at ``end``.
-
-    torch writes zip64, whose record of 56 bytes and locator of 20 stand before the end record of 22.
-    """
-    damaged = "is damaged: its zip directory is not where it should be"
-    file.seek(max(0, end - 98))
-    tail = file.read(98)
-    if len(tail) < 98 or (tail[:4], tail[56:60], tail[76:80]) != (b"PK\6\6", b"PK\6\7", b"PK\5\6"):
-        raise _Refused(damaged)
-    length, start = struct.unpack_from("<QQ", tail, 40)
-    (located,) = struct.unpack_from("<Q", tail, 64)
-    if length > _DIRECTORY_BYTES:
-        raise _Refused(f"has a directory of {length} bytes; at most {_DIRECTORY_BYTES} are read")
-    if located != end - 98 or start + length != located:
-        raise _Refused(damaged)
-
-
-def _physical_memory() -> int | None:
-    """Bytes of main memory, or None where the platform does not say."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
-
-
-@dataclass(frozen=True)
-class _Global:
-    """A name that the file refers to. Nothing is looked up by it."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class _Storage:
-    """Elements of one record of the file."""
-
-    record: str
-    dtype: torch.dtype
-    count: int
-
-
-@dataclass(frozen=True)
-class _View:
-    """A tensor yet to be made. ``args``: storage, offset, size and stride as the file has them, unchecked."""
-
-    args: tuple[Any, ...]
-
-
-class _Archive:
-    """A ``torch.save`` file, read without trust in anything it says."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._zip = zipfile.ZipFile(file)
-        records, size = self._zip.infolist(), file.seek(0, os.SEEK_END)
-        if any(r.compress_type != zipfile.ZIP_STORED or r.file_size != r.compress_size for r in records):
-            raise _Refused("holds compressed records, which torch.save never writes")
-        if sum(r.file_size for r in records) > size:
-            raise _Refused("is damaged: its records take more bytes than the file has")
-        folders = {r.filename.partition("/")[0] for r in records}
-        if len(folders) != 1:
-            raise _Refused("is damaged: its records are not in one folder")
-        self._folder = folders.pop()
-        self._flat: dict[tuple[str, torch.dtype], Tensor] = {}
-        self._left = _VALUES
-        self._bytes_left = _SHARED * size
-
-    def load(self, device: str | torch.device) -> Any:
-        """Everything in the file, its tensors on the device. Raises _Refused, OSError, MemoryError, BadZipFile."""
-        order = self._record("byteorder").decode("ascii", "replace")
-        if order != sys.byteorder:
-            raise _Refused(f"was written with byte order {order!r}; this machine has {sys.byteorder!r}")
-        return self._finished(_built(self._record("data.pkl")), device, 0)
-
-    def _info(self, name: str) -> zipfile.ZipInfo:
-        try:
-            return self._zip.getinfo(f"{self._folder}/{name}")
-        except KeyError:
-            raise _Refused(f"is damaged: it has no record {name!r}") from None
-
-    def _record(self, name: str) -> bytes:
-        info = self._info(name)
-        if info.file_size > _PICKLE_BYTES:
-            raise _Refused(f"has a record {name} of {info.file_size} bytes; at most {_PICKLE_BYTES} are read")
-        return self._zip.read(info)
-
-    def _finished(self, value: Any, device: str | torch.device, depth: int) -> Any:
-        """The value with its tensors made. Shared and nested parts are counted as often as they are met."""
-        self._left -= 1 + (len(value) if isinstance(value, str) else 0)
-        if self._left < 0 or depth > _DEPTH:
-            raise _Refused(f"holds more than {_VALUES} values, or nests them more than {_DEPTH} deep")
-        if isinstance(value, dict):
-            return {self._key(key): self._finished(item, device, depth + 1) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(self._finished(item, device, depth + 1) for item in value)
-        if isinstance(value, _View):
-            return self._tensor(value, device)
-        if value is not None and not isinstance(value, (bool, int, float, str)):
-            _refuse_more(value)
-        return value
-
-    def _key(self, key: str | int) -> str | int:
-        self._left -= len(key) if isinstance(key, str) else 1
-        return key
-
-    def _tensor(self, view: _View, device: str | torch.device) -> Tensor:
-        if len(view.args) < 4 or not isinstance(view.args[0], _Storage):
-            raise _Refused("is damaged: a tensor is not described as torch.save does")
-        storage, offset, size, stride = view.args[:4]
-        if not (_counts(size) and _counts(stride) and _counts((offset,)) and len(size) == len(stride) <= 8):
-            raise _Refused(f"is damaged: a tensor has size {size!r:.99}, stride {stride!r:.99}, offset {offset!r:.99}")
-        elements, reach = 1, 0
-        for length, step in zip(size, stride, strict=True):
-            elements *= length
-            reach += (length - 1) * step
-        if elements and (offset + reach >= storage.count or elements > storage.count):
-            raise _Refused(
-                f"is damaged: a tensor of size {list(size)}, stride {list(stride)} and offset {offset} does not lie "
-                f"in its {storage.count} elements"
-            )
-        self._bytes_left -= elements * storage.dtype.itemsize
-        if self._bytes_left < 0:
-            raise _Refused(f"has tensors that together take more than {_SHARED} times its own bytes")
-        if not elements:
-            if max(size) > storage.count + _VALUES:
-                raise _Refused(f"is damaged: an empty tensor has size {list(size)}")
-            return torch.empty(size, dtype=storage.dtype, device=device)
-        return self._elements(storage, device).as_strided(size, stride, offset)
-
-    def _elements(self, storage: _Storage, device: str | torch.device) -> Tensor:
-        """All elements of a record, on the device; views of one record share them."""
-        key = storage.record, storage.dtype
-        if key not in self._flat:
-            info = self._info(f"data/{storage.record}")
-            if info.file_size != storage.count * storage.dtype.itemsize:
-                raise _Refused(f"is damaged: {storage.count} {storage.dtype} do not take {info.file_size} bytes")
-            flat = torch.empty(storage.count, dtype=storage.dtype)
-            target = flat.view(torch.uint8).numpy()
-            with self._zip.open(info) as record:
-                done = 0
-                while block := record.read(1 << 20):
-                    target[done : done + len(block)] = np.frombuffer(block, np.uint8)
-                    done += len(block)
-            self._flat[key] = flat.to(device)
-        return self._flat[key]
-
-
-def _counts(values: Any) -> bool:
-    """Whether these are integers that a size, a stride or an offset may have."""
-    return isinstance(values, tuple) and all(type(value) is int and 0 <= value < 1 << 48 for value in values)
-
-
-def _refuse_more(what: Any) -> NoReturn:
-    name = what.name if isinstance(what, _Global) else type(what).__name__
-    raise _Refused(f"holds more than tensors and plain values, which is never loaded: {name[:99]}")
-
-
-def _built(instructions: bytes) -> Any:
-    """What the instructions build, with _View in the place of tensors. Nothing is imported or called."""
-    machine = _Machine()
-    try:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(instructions)):
-            if count > _INSTRUCTIONS:
-                raise _Refused(f"takes more than {_INSTRUCTIONS} instructions to build")
-            if opcode.name == "STOP":
-                return machine.stack.pop()
-            machine.take(opcode.name, argument)
-    except (ValueError, IndexError, KeyError, TypeError, struct.error) as error:
-        raise _Refused(f"is damaged: {str(error)[:200]}") from None
-    raise _Refused("is damaged: its values have no end")
-
-
-class _Machine:
-    """The part of pickle's stack machine that torch.save makes use of, without its power over Python."""
-
-    def __init__(self) -> None:
-        self.stack: list[Any] = []
-        self._marks: list[int] = []
-        self._memo: dict[int, Any] = {}
-
-    def take(self, name: str, argument: Any) -> None:
-        """Execute one instruction. Raises IndexError, KeyError, TypeError or ValueError where it makes no sense."""
-        if name in _VALUES_OF:
-            self.stack.append(_VALUES_OF[name](argument))
-        elif name in ("BINGET", "LONG_BINGET"):
-            self.stack.append(self._memo[argument])
-        elif name in ("BINPUT", "LONG_BINPUT"):
-            self._memo[argument] = self.stack[-1]
-        elif name == "MARK":
-            self._marks.append(len(self.stack))
-        elif name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
-            self.stack.append(tuple(self._popped(int(name[5:]) if name[5:] else None)))
-        elif name in ("APPEND", "APPENDS"):
-            items = self._popped(1 if name == "APPEND" else None)
-            self._top(list).extend(items)
-        elif name in ("SETITEM", "SETITEMS"):
-            items = self._popped(2 if name == "SETITEM" else None)
-            # Other integers could be chosen to collide in the dictionary, which then takes for ever.
-            if not all(type(key) is str or (type(key) is int and 0 <= key < 1 << 31) for key in items[::2]):
-                raise TypeError("a dictionary has keys that are neither text nor small integers")
-            self._top(dict).update(zip(items[::2], items[1::2], strict=True))
-        elif name == "BUILD":  # what torch.save adds to a state_dict: the versions of its modules
-            self._popped(1)
-            self._top(dict)
-        elif name == "BINPERSID":
-            self.stack.append(_storage(*self._popped(1)[0]))
-        elif name == "REDUCE":
-            function, arguments = self._popped(2)
-            self.stack.append(_called(function, arguments))
-        elif name != "PROTO":
-            _refuse_more(_Global(f"instruction {name}"))
-
-    def _popped(self, count: int | None) -> list[Any]:
-        """The last ``count`` values of the stack, or for None those since the last mark."""
-        start = self._marks.pop() if count is None else len(self.stack) - count
-        if start < 0 or start > len(self.stack):
-            raise IndexError("its stack of values is too short")
-        items = self.stack[start:]
-        del self.stack[start:]
-        return items
-
-    def _top(self, kind: type) -> Any:
-        if type(self.stack[-1]) is not kind:
-            _refuse_more(self.stack[-1])
-        return self.stack[-1]
-
-
-# Instructions that put a new value on the stack.
-_VALUES_OF: dict[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"), lambda argument: argument),
-    "NONE": lambda _: None,
-    "NEWTRUE": lambda _: True,
-    "NEWFALSE": lambda _: False,
-    "EMPTY_TUPLE": lambda _: (),
-    "EMPTY_LIST": lambda _: [],
-    "EMPTY_DICT": lambda _: {},
-    "GLOBAL": _Global,
-}
-
-
-def _storage(kind: Any, dtype: Any, record: Any, _location: Any, count: Any) -> _Storage:
-    if kind != "storage" or not isinstance(dtype, _Global) or not isinstance(record, str) or not _counts((count,)):
-        raise ValueError("elements are not described as torch.save does")
-    module, _, name = dtype.name.partition(" ")
-    if module != "torch" or name not in _DTYPES:
-        _refuse_more(dtype)
-    return _Storage(record, _DTYPES[name], count)
-
-
-def _called(function: Any, arguments: Any) -> Any:
-    """The two calls that a checkpoint is written with, as values."""
-    if function == _Global("collections OrderedDict") and arguments == ():
-        return {}
-    if function == _Global("torch._utils _rebuild_tensor_v2") and isinstance(arguments, tuple):
-        return _View(arguments)
-    _refuse_more(function)
 
 
 def _kind(value: Any) -> str:
@@ -626,12 +342,14 @@ def _is_settings(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(key, str) for key in value)
 
 
+# The networks of all methods by their optimiser, in its order.
+_TRAINED_BY = {"optimizer_G": ("G_A", "G_B", "E_A", "E_B"), "optimizer_D": ("D_A", "D_B", "D_Z_A", "D_Z_B")}
 _WEIGHTS = (_is_weights, "a dictionary of floating-point tensors by name")
 _OPTIMIZER = (_is_optimizer, "the state of an optimiser")
 # What each part of a checkpoint must be, and that in words.
 _PARTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "config": (_is_settings, "a dictionary of settings by name"),
-    **dict.fromkeys(("G_A", "G_B", "D_A", "D_B"), _WEIGHTS),
+    **dict.fromkeys((*_TRAINED_BY["optimizer_G"], *_TRAINED_BY["optimizer_D"], "G_A_ema", "G_B_ema"), _WEIGHTS),
     **dict.fromkeys(("optimizer_G", "optimizer_D"), _OPTIMIZER),
     "scaler": (_is_settings, "the state of a loss scaler"),
     "pools": (_is_pools, "two image pools, A and B, with size, count and pictures [N, C, H, W]"),
@@ -642,12 +360,22 @@ _PARTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data": (_is_digest, "count_A, count_B and names of the pictures, and as many hashes of their files"),
     "provenance": (_is_settings, "a dictionary of words by name"),
 }
-_OPTIMIZED = {"optimizer_G": ("G_A", "G_B"), "optimizer_D": ("D_A", "D_B")}
+
+
+def _generators(content: Any) -> tuple[str, ...]:
+    """The generators that a checkpoint of its method of training must have."""
+    config = content.get("config") if isinstance(content, dict) else None
+    model = config.get("model") if isinstance(config, dict) else None
+    if isinstance(model, dict) and model.get("method") == "pix2pix":
+        return ("G_B",) if model.get("direction") == "BtoA" else ("G_A",)
+    return "G_A", "G_B"
 
 
 def _fits(optimizer: dict[str, Any], networks: list[Mapping[str, Tensor] | None]) -> bool:
     """Whether an optimiser's tensors have the shapes of their weights, which fused kernels take as given."""
-    shapes = [weight.shape for network in networks if network is not None for weight in network.values()]
+    weights = [item for network in networks if network is not None for item in network.items()]
+    # The vectors of a spectral norm are no parameters.
+    shapes = [weight.shape for key, weight in weights if not key.endswith(("._u", "._v"))]
     for index, moments in optimizer["state"].items():
         if not isinstance(index, int) or not 0 <= index < len(shapes):
             return False

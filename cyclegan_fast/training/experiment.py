@@ -27,8 +27,9 @@ _FREE: tuple[str, ...] = (
     "checkpoint.",
     "distributed.",
     "monitor.",
+    "model.init_from",
     *(f"training.{name}" for name in ("epochs", "steps", "batch", "accumulate", "precision", "channels_last")),
-    *(f"training.{name}" for name in ("global_batch", "timeout")),
+    *(f"training.{name}" for name in ("global_batch", "timeout", "ema")),
     *(f"training.{name}" for name in ("mode", "impl", "recompute", "streams", "deterministic", "device", "threads")),
     "training.compile",  # of checkpoints before there was training.mode
 )

@@ -54,11 +54,17 @@ class Draws(NamedTuple):
     slot_B: np.ndarray
     alpha_A: np.ndarray  # [K, N]
     alpha_B: np.ndarray
+    latent_A: np.ndarray = np.empty((1, 1, 0))  # [K, N, Z]
+    latent_B: np.ndarray = np.empty((1, 1, 0))
 
 
-def draw_fields(accumulate: int, batch: int, pooled: int) -> dict[str, tuple[Shape, torch.dtype]]:
-    """Shapes and dtypes of the `Draws` of a step of K = accumulate times N = batch pairs, M = pooled in a pool."""
-    shapes = {"accept": (accumulate, pooled), "slot": (accumulate, pooled), "alpha": (accumulate, batch)}
+def draw_fields(accumulate: int, batch: int, pooled: int, latent: int = 0) -> dict[str, tuple[Shape, torch.dtype]]:
+    """Shapes and dtypes of the `Draws` of a step of K = accumulate times N = batch pairs, M = pooled in a pool.
+
+    latent: numbers in a code, 0 for methods without.
+    """
+    shapes: dict[str, Shape] = dict.fromkeys(("accept", "slot"), (accumulate, pooled))
+    shapes |= {"alpha": (accumulate, batch), "latent": (accumulate, batch, latent)}
     return {
         name: (shapes[kind], torch.int64 if kind == "slot" else torch.float64)
         for name, kind in ((name, name.partition("_")[0]) for name in Draws._fields)
@@ -68,7 +74,8 @@ def draw_fields(accumulate: int, batch: int, pooled: int) -> dict[str, tuple[Sha
 def step_batch(given: Mapping[str, Tensor], real_A: Tensor, real_B: Tensor) -> StepBatch:
     """The step's tensors, of pictures and of draws on the device."""
     draws = {name: given[name] for name in Draws._fields}
-    draws |= {name: draws[name].to(torch.float32) for name in ("alpha_A", "alpha_B")}
+    for name in ("alpha_A", "alpha_B", "latent_A", "latent_B"):
+        draws[name] = draws[name].to(torch.float32)
     return StepBatch(real_A, real_B, **draws)
 
 
@@ -267,6 +274,7 @@ class GraphStep:
         accumulate: int,
         batch: int,
         pooled: int,
+        latent: int = 0,
         device: torch.device,
         recorder: Recorder | None,
         agree: Callable[[bool], bool] = lambda flag: flag,
@@ -276,7 +284,7 @@ class GraphStep:
         n = accumulate * batch
         places = dict.fromkeys(("places_A", "places_B"), ((4, n), torch.int64))
         lr = {"lr": ((), torch.float64)}
-        self._packed = Packed({**places, **draw_fields(accumulate, batch, pooled), **lr}, device)
+        self._packed = Packed({**places, **draw_fields(accumulate, batch, pooled, latent), **lr}, device)
         self._staged = Staged(((n, *shapes[0]), (n, *shapes[1])), device) if images is None else None
         self._images: tuple[Tensor, ...] = images or () if self._staged is None else self._staged.windows
         # CUDA's fused Adam reads its learning rate as float32; the CPU's takes any, and so gives the bits of a number.

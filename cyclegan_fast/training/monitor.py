@@ -40,7 +40,7 @@ logger = logging.getLogger("cyclegan_fast.monitor")
 
 SCALARS = "scalars.jsonl"
 # The bar shows few of the scalars: one of each kind.
-_BAR = ("G_A", "G_B", "cycle_A", "cycle_B", "D_A", "D_B")
+_BAR = ("G_A", "G_B", "cycle_A", "cycle_B", "L1_A", "L1_B", "D_A", "D_B")
 _SPEED = ("pairs_per_s", "data_wait", "memory_gb", "tflops", "mfu", "bandwidth")
 _BLOCK = 1000  # rows of a history that become one tensor
 _WAITING_BYTES = 64 << 20  # of lines that could not be written yet

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cyclegan_fast.training.checkpoint import CheckpointError
+from cyclegan_fast.training.ema import SUFFIX
 from cyclegan_fast.training.image_pool import ImagePool
 from cyclegan_fast.training.step import TrainState
 
@@ -19,8 +20,8 @@ __all__ = ["RunState"]
 class RunState:
     """Networks, optimisers, loss scaler and image pools.
 
-    modules: the plain networks by name, as they are saved; pools: the image pools by domain; step: what a training
-    step holds, with the optimisers of these networks.
+    modules: the plain networks by name, as they are saved, and the averages of some (see `training.ema`); pools: the
+    image pools by domain; step: what a training step holds, with the optimisers of these networks.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], pools: Mapping[str, ImagePool], step: TrainState) -> None:
@@ -44,7 +45,8 @@ class RunState:
         """Take over what the checkpoint at `path` holds. Raises CheckpointError saying what does not fit."""
         try:
             for name, module in self.modules.items():
-                module.load_state_dict(content[name])
+                # Averages that a run begins to keep now start from the weights.
+                module.load_state_dict(content.get(name, content[name.removesuffix(SUFFIX)]))
             for name, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(content[name])
             self.step.scaler.load_state_dict(content["scaler"])

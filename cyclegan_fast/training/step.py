@@ -1,13 +1,7 @@
 """One training step: a function of modules and tensors, which sees neither configuration, files nor other processes.
 
-Names are those of the de-facto implementation; the paper (Zhu et al., "Unpaired Image-to-Image Translation using
-Cycle-Consistent Adversarial Networks", ICCV 2017) writes G for G_A, F for G_B, D_Y for D_A and D_X for D_B:
-
-    G_A: A -> B, judged by D_A, which sees real_B and fake_B        G_B: B -> A, judged by D_B
-    fake_B = G_A(real_A)   rec_A = G_B(fake_B)   idt_A = G_A(real_B)      and the mirror image
-    loss_G = gan(D_A(fake_B)) + gan(D_B(fake_A))                                          eq. 1, both ways
-           + cycle_A |rec_A - real_A| + cycle_B |rec_B - real_B|                          eq. 2
-           + identity (cycle_B |idt_A - real_B| + cycle_A |idt_B - real_A|)               section 5.2
+Every method of training takes the same step; what its networks learn is in its `TrainState`: `cyclegan`, `pix2pix`,
+`augmented`. `_A` is what belongs to translating A to B, `_B` the mirror image.
 
 The generators step first, with both discriminators frozen; then the discriminators step on the fakes made before
 the generators moved, taken through the image pools. As these fakes are made already, the generators' optimiser may as
@@ -22,11 +16,12 @@ meanwhile; those of the discriminators travel while the generators' optimiser ru
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +31,12 @@ from torch.optim import Optimizer
 
 from cyclegan_fast.training.losses import GANLoss, gradient_penalty
 
+__all__ = ["Exchange", "Made", "Reduction", "StepBatch", "TrainState", "judge", "l1_loss", "score", "train_step"]
+
 Exchange = Callable[[Tensor, Tensor, Tensor], Tensor]
+Made: TypeAlias = Any
+"""What a method's generators made and its discriminators are shown: a tuple of tensors of its own."""
+_NO_LATENTS = torch.zeros(1, 1, 0)
 
 
 class StepBatch(NamedTuple):
@@ -45,7 +45,8 @@ class StepBatch(NamedTuple):
     ``real_A`` [K, N, C_A, H, W] and ``real_B`` [K, N, C_B, H, W], float32 in [-1, 1]. The random draws come with the
     batch, so that a step is a pure function: ``accept_*`` [K, M] in [0, 1) and ``slot_*`` [K, M] int64 for the pools,
     where M is N times the number of processes that share a pool, and ``alpha_*`` [K, N] in [0, 1) for the gradient
-    penalty of the discriminator of the domain. A suffix names the domain of the pictures concerned.
+    penalty of the discriminator of the domain. A suffix names the domain of the pictures concerned. ``latent_*``
+    [K, N, Z] are standard normal, for methods whose pictures have a latent code (else Z = 0).
     """
 
     real_A: Tensor
@@ -56,19 +57,8 @@ class StepBatch(NamedTuple):
     slot_B: Tensor
     alpha_A: Tensor
     alpha_B: Tensor
-
-
-@dataclass(frozen=True)
-class Objective:
-    """Weights and kinds of the losses; see the module's formulas."""
-
-    gan: GANLoss = field(default_factory=lambda: GANLoss("lsgan"))
-    cycle_A: float = 10.0
-    cycle_B: float = 10.0
-    identity: float = 0.5
-    gradient_penalty: float = 0.0
-    own_gradient: bool = False
-    """Each generator is trained by its own losses only: the inner generator of a cycle gets no gradient (Keras)."""
+    latent_A: Tensor = _NO_LATENTS
+    latent_B: Tensor = _NO_LATENTS
 
 
 class Reduction(Protocol):
@@ -81,24 +71,17 @@ class Reduction(Protocol):
         """Wait until all have arrived: the parameters' gradients are means from here on."""
 
 
-@dataclass
-class TrainState:
-    """Everything a step reads and changes.
+@dataclass(kw_only=True)
+class TrainState(ABC):
+    """Everything a step reads and changes, and a method's two passes, which say what the networks learn.
 
-    The networks may be compiled; the optimisers hold the parameters of the plain modules. ``reduction_G`` and
-    ``reduction_D`` average gradients over the processes, if there are several (both or neither); ``exchange_A`` and
-    ``exchange_B`` pass a domain's fakes through its pool.
+    The networks may be compiled; the optimisers hold the parameters of the plain modules: ``optimizer_G`` those that
+    the generators' loss trains, ``optimizer_D`` the discriminators'. ``reduction_G`` and ``reduction_D`` average
+    gradients over the processes, if there are several (both or neither).
     """
 
-    G_A: nn.Module
-    G_B: nn.Module
-    D_A: nn.Module
-    D_B: nn.Module
     optimizer_G: Optimizer
     optimizer_D: Optimizer
-    exchange_A: Exchange
-    exchange_B: Exchange
-    objective: Objective = field(default_factory=Objective)
     autocast: torch.dtype | None = None
     scaler: GradScaler = field(default_factory=lambda: GradScaler(enabled=False))
     reduction_G: Reduction | None = None
@@ -109,12 +92,21 @@ class TrainState:
     side_stream: torch.cuda.Stream | None = None
     """Where given, what G_B computes runs there, beside what G_A computes in the current stream."""
 
+    @abstractmethod
+    def generate(self, batch: StepBatch, k: int) -> tuple[Tensor, dict[str, Tensor], Made]:
+        """The generators' loss on micro-batch ``k``, its terms (detached), and what was made (detached)."""
 
-class Fakes(NamedTuple):
-    """Generated pictures of one micro-batch, detached."""
+    @abstractmethod
+    def exchange(self, batch: StepBatch, made: Made, k: int) -> Made:
+        """What the discriminators see in place of what was made for micro-batch ``k``: passed through the pools."""
 
-    fake_A: Tensor
-    fake_B: Tensor
+    @abstractmethod
+    def discriminate(self, batch: StepBatch, shown: Made, k: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The discriminators' loss on micro-batch ``k`` and what `exchange` gave for it; its terms (detached)."""
+
+    def casting(self, like: Tensor) -> torch.autocast:
+        """The autocast in which networks run on the device of this tensor."""
+        return torch.autocast(like.device.type, dtype=self.autocast, enabled=self.autocast is not None)
 
 
 def train_step(state: TrainState, batch: StepBatch, *, measure: bool = False) -> dict[str, Tensor]:
@@ -122,9 +114,11 @@ def train_step(state: TrainState, batch: StepBatch, *, measure: bool = False) ->
 
     Collectives of several processes come in one order: those of the pools, the generators' gradients, those of the
     discriminators. Returns detached float32 scalars on the device, averaged over the micro-batches: the weighted terms
-    ``G_A``, ``G_B``, ``cycle_A``, ``cycle_B``, ``idt_A``, ``idt_B`` and their sum ``loss_G``; ``D_A``, ``D_B``; the
-    mean outputs ``D_A_real``, ``D_A_fake``, ``D_B_real``, ``D_B_fake``; with ``measure`` also the gradient norms
-    ``grad_G`` and ``grad_D``. Nothing is read back to the host.
+    of the generators' loss and their sum ``loss_G``; the discriminators' losses and mean outputs; with ``measure`` also
+    the gradient norms ``grad_G`` and ``grad_D``. Nothing is read back to the host.
+
+    CycleGAN's terms are ``G_A``, ``G_B``, ``cycle_A``, ``cycle_B``, ``idt_A``, ``idt_B``; ``D_A``, ``D_B``;
+    ``D_A_real``, ``D_A_fake``, ``D_B_real``, ``D_B_fake``.
     """
     count = batch.real_A.shape[0]
     parameters_G, parameters_D = _parameters(state.optimizer_G), _parameters(state.optimizer_D)
@@ -134,11 +128,11 @@ def train_step(state: TrainState, batch: StepBatch, *, measure: bool = False) ->
 
     with _frozen(parameters_D):
         state.optimizer_G.zero_grad(set_to_none=True)
-        pooled = []
+        shown = []
         for k in range(count):
-            loss, terms, fakes = generator_pass(state, batch.real_A[k], batch.real_B[k])
+            loss, terms, made = state.generate(batch, k)
             # Before the backward pass: behind the gradients, what pools share would wait for these to arrive.
-            pooled.append(_exchanged(state, batch, fakes, k))
+            shown.append(state.exchange(batch, made, k))
             with _sending(state.reduction_G, k + 1 == count):
                 state.scaler.scale(loss / count).backward()
             logs.append(terms)
@@ -146,7 +140,7 @@ def train_step(state: TrainState, batch: StepBatch, *, measure: bool = False) ->
 
     state.optimizer_D.zero_grad(set_to_none=True)
     for k in range(count):
-        loss, terms = discriminator_pass(state, batch, pooled[k], k)
+        loss, terms = state.discriminate(batch, shown[k], k)
         with _sending(state.reduction_D, k + 1 == count):
             state.scaler.scale(loss / count).backward()
         logs[k].update(terms)
@@ -161,101 +155,18 @@ def train_step(state: TrainState, batch: StepBatch, *, measure: bool = False) ->
     return means
 
 
-def generator_pass(state: TrainState, real_A: Tensor, real_B: Tensor) -> tuple[Tensor, dict[str, Tensor], Fakes]:
-    """The generators' loss of one micro-batch [N, C, H, W], its terms (detached) and the fakes."""
-    objective = state.objective
-    with _autocast(state, real_A):
-        (fake_B, idt_A), (fake_A, idt_B) = _side_by_side(
-            state,
-            lambda: _translate(state, state.G_A, real_A, real_B),
-            lambda: _translate(state, state.G_B, real_B, real_A),
-        )
-        (rec_B, score_A), (rec_A, score_B) = _side_by_side(
-            state,
-            lambda: (state.G_A(fake_A.detach() if objective.own_gradient else fake_A), state.D_A(fake_B)),
-            lambda: (state.G_B(fake_B.detach() if objective.own_gradient else fake_B), state.D_B(fake_A)),
-        )
-    terms = {
-        "G_A": objective.gan.generator(score_A),
-        "G_B": objective.gan.generator(score_B),
-        "cycle_A": objective.cycle_A * l1_loss(rec_A, real_A),
-        "cycle_B": objective.cycle_B * l1_loss(rec_B, real_B),
-    }
-    if objective.identity:
-        terms["idt_A"] = objective.identity * objective.cycle_B * l1_loss(idt_A, real_B)
-        terms["idt_B"] = objective.identity * objective.cycle_A * l1_loss(idt_B, real_A)
-    loss = torch.stack(list(terms.values())).sum()
-    terms["loss_G"] = loss
-    return loss, {name: term.detach() for name, term in terms.items()}, Fakes(fake_A.detach(), fake_B.detach())
-
-
-def _translate(state: TrainState, G: nn.Module, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """G(source), the fake, and G(target), which should be the target; without identity loss the fake twice."""
-    if not state.objective.identity:
-        fake = G(source)
-        return fake, fake
-    if not state.batched or source.shape != target.shape:
-        return G(source), G(target)
-    fake, idt = G(torch.cat([source, target])).chunk(2)
-    return fake, idt
-
-
-def _side_by_side(
-    state: TrainState, first: Callable[[], tuple[Tensor, Tensor]], second: Callable[[], tuple[Tensor, Tensor]]
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Both results; with a side stream, `second` runs in it, and autograd runs its backward there too."""
-    side = state.side_stream
-    if side is None:
-        return first(), second()
-    current = torch.cuda.current_stream(side.device)
-    side.wait_stream(current)
-    with torch.cuda.stream(side):
-        there = second()
-    here = first()
-    current.wait_stream(side)
-    # Either stream reads the other's results later on: their memory must not be given away before that.
-    for tensor in there:
-        tensor.record_stream(current)
-    for tensor in here:
-        tensor.record_stream(side)
-    return here, there
-
-
-def _exchanged(state: TrainState, batch: StepBatch, fakes: Fakes, k: int) -> Fakes:
-    """What the pools give for the fakes of micro-batch ``k``."""
-    return Fakes(
-        state.exchange_A(fakes.fake_A, batch.accept_A[k], batch.slot_A[k]),
-        state.exchange_B(fakes.fake_B, batch.accept_B[k], batch.slot_B[k]),
-    )
-
-
-def discriminator_pass(state: TrainState, batch: StepBatch, pooled: Fakes, k: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """The sum of both discriminators' losses on micro-batch ``k`` and pictures of the pools; its terms (detached)."""
-    pooled_A, pooled_B = pooled
-    scores_A, scores_B = _side_by_side(
-        state,
-        lambda: _score(state, state.D_A, batch.real_B[k], pooled_B),
-        lambda: _score(state, state.D_B, batch.real_A[k], pooled_A),
-    )
-    terms: dict[str, Tensor] = {}
-    losses = [
-        _judge(state, state.D_A, batch.real_B[k], pooled_B, scores_A, batch.alpha_B[k], "D_A", terms),
-        _judge(state, state.D_B, batch.real_A[k], pooled_A, scores_B, batch.alpha_A[k], "D_B", terms),
-    ]
-    return torch.stack(losses).sum(), terms
-
-
-def _score(state: TrainState, D: nn.Module, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+def score(state: TrainState, D: nn.Module, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
     """D's logits on real and on generated pictures."""
-    with _autocast(state, real):
+    with state.casting(real):
         if not state.batched or real.shape != fake.shape:
             return D(real), D(fake)
         score_real, score_fake = D(torch.cat([real, fake.to(real.dtype)])).chunk(2)
     return score_real, score_fake
 
 
-def _judge(
-    state: TrainState,
+def judge(
+    gan: GANLoss,
+    penalty_weight: float,
     D: nn.Module,
     real: Tensor,
     fake: Tensor,
@@ -266,10 +177,9 @@ def _judge(
 ) -> Tensor:
     """Loss of one discriminator; writes ``name``, ``name_real`` and ``name_fake`` into ``terms``."""
     score_real, score_fake = scores
-    loss = state.objective.gan.discriminator(score_real, score_fake)
-    if state.objective.gradient_penalty:
-        penalty = gradient_penalty(D, real, fake, alpha.view(-1, 1, 1, 1))
-        loss = loss + state.objective.gradient_penalty * penalty
+    loss = gan.discriminator(score_real, score_fake)
+    if penalty_weight:
+        loss = loss + penalty_weight * gradient_penalty(D, real, fake, alpha.view(-1, 1, 1, 1))
     terms[name] = loss.detach()
     terms[f"{name}_real"] = score_real.detach().float().mean()
     terms[f"{name}_fake"] = score_fake.detach().float().mean()
@@ -307,10 +217,6 @@ def _frozen(parameters: list[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)
-
-
-def _autocast(state: TrainState, like: Tensor) -> torch.autocast:
-    return torch.autocast(like.device.type, dtype=state.autocast, enabled=state.autocast is not None)
 
 
 def l1_loss(x: Tensor, y: Tensor) -> Tensor:

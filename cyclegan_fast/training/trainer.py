@@ -26,11 +26,13 @@ from cyclegan_fast.data.loader import Batch, Plan, TrainingData, open_training_d
 from cyclegan_fast.device import resolve_device, resolve_precision
 from cyclegan_fast.errors import InputError
 from cyclegan_fast.evaluation.figures import curves_figure
+from cyclegan_fast.inference.weights import initialise
 from cyclegan_fast.models import cost
 from cyclegan_fast.roofline import measured
 from cyclegan_fast.training import checkpoint as ckpt
 from cyclegan_fast.training import elastic, experiment, run_folder
-from cyclegan_fast.training.build import build_networks, build_state, executed, resolved_impl
+from cyclegan_fast.training.build import build_networks, build_samples, build_state, executed, resolved_impl
+from cyclegan_fast.training.ema import averaged, preferred
 from cyclegan_fast.training.graph import (
     WARMUP,
     CudaRecorder,
@@ -43,10 +45,10 @@ from cyclegan_fast.training.graph import (
 )
 from cyclegan_fast.training.health import Health, is_norm
 from cyclegan_fast.training.image_pool import ImagePool, pool_draws
+from cyclegan_fast.training.latents import latent_draws
 from cyclegan_fast.training.monitor import SCALARS, History, Monitor
 from cyclegan_fast.training.process import catch_signals, process_settings, stopped_by_signals
 from cyclegan_fast.training.replicas import Replicas
-from cyclegan_fast.training.samples import Samples
 from cyclegan_fast.training.schedule import lr_factor, lr_scale
 from cyclegan_fast.training.state import RunState
 from cyclegan_fast.training.step import train_step
@@ -118,14 +120,16 @@ class Trainer:
         self._digest = experiment.digest(self.data.loader)
         self.impl = resolved_impl(config, self.precision, device)
         self.modules = build_networks(config, self.impl, device)
+        if found is None and config.model.init_from is not None:
+            self._begin_from(config.model.init_from)
         pools = {name: ImagePool(config.training.pool_size) for name in ("A", "B")}
         run = executed(config, self.modules, one_shape=self.data.loader.windows is not None)
         self.state = build_state(config, self.modules, run, pools, self.precision, device)
+        if config.training.ema:
+            self.modules = self.modules | averaged(self.modules, self.state.optimizer_G, config.training.ema)
         self.run_state = RunState(self.modules, pools, self.state)
         self._replicas = Replicas(self.run_state.replicated, every=config.distributed.check_every)
-        self.samples = Samples(
-            self.data.samples_A, self.data.samples_B, self.modules, self.state.objective, self.state.autocast
-        )
+        self.samples = build_samples(self.data.samples_A, self.data.samples_B, preferred(self.modules), self.state)
         self.history = History()
         self._health = Health(self.run_dir, self.run_state, self.history, self.data.loader, self._content)
         self.step = 0
@@ -138,7 +142,7 @@ class Trainer:
             run_folder.write_config(config)
         distributed.broadcast_parameters(self.modules.values())
         self._replicas.check(self.step)
-        self._draws = Packed(draw_fields(*self._counts), device)
+        self._draws = Packed(draw_fields(*self._counts, self._latent), device)
         self._graph = self._open_graph() if config.training.mode == "graph" else None
         self._saved_at = time.monotonic()
         self._saved_step = self.step
@@ -160,6 +164,11 @@ class Trainer:
         """Micro-batches of a step, this process's pairs in one, and all processes' pairs in one, which share a pool."""
         training = self.config.training
         return training.accumulate, training.batch, training.batch * distributed.world_size()
+
+    @property
+    def _latent(self) -> int:
+        """Numbers in a latent code, 0 for methods without."""
+        return self.config.model.latent if self.config.model.method == "augmented" else 0
 
     def fit(self) -> None:
         """Run the remaining steps, with everything that happens between them."""
@@ -257,7 +266,10 @@ class Trainer:
             draw.reshape(count, per_pass) for domain in (0, 1) for draw in pool_draws(seed, positions, size, domain)
         ]
         alphas = [pool_draws(seed, own, 1, stream)[0].reshape(count, batch) for stream in (_ALPHA_A, _ALPHA_B)]
-        return Draws(*pools, *alphas)
+        latents = [
+            latent_draws(seed, own, self._latent, domain).reshape(count, batch, self._latent) for domain in (0, 1)
+        ]
+        return Draws(*pools, *alphas, *latents)
 
     def _read(self) -> dict[str, float]:
         """Scalars since the last reading; the one place where the host waits.
@@ -307,7 +319,7 @@ class Trainer:
         self._health.check_state(self.step)
         measures = self.samples.measure()
         monitor.measured(self.step, measures)
-        value = measures[f"test_{self.config.checkpoint.best}"]
+        value = measures[self.samples.best[self.config.checkpoint.best]]
         if value < self.best:  # never with NaN, which a test picture may give where the training pictures do not
             self.best, self.best_step = value, self.step
 
@@ -362,6 +374,13 @@ class Trainer:
             },
         }
 
+    def _begin_from(self, source: str) -> None:
+        """Take over the weights of another model. Raises WeightsError or CheckpointError saying what does not fit."""
+        taken = initialise(self.modules, source)
+        rest = [name for name in self.modules if name not in taken]
+        if distributed.is_main():
+            logger.info("weights of %s from %s; %s start anew", ", ".join(taken), source, ", ".join(rest) or "none")
+
     def _load(self, path: Path, content: dict[str, Any]) -> None:
         """Take over a checkpoint's state. Raises CheckpointError or ConfigError saying what does not fit."""
         experiment.check_same_settings(self.config, content["config"], path)
@@ -407,6 +426,7 @@ class Trainer:
             accumulate=count,
             batch=batch,
             pooled=per_pass,
+            latent=self._latent,
             device=self.device,
             recorder=recorder,
             agree=distributed.any_rank,
@@ -430,11 +450,13 @@ class Trainer:
         return monitor
 
     def _work(self) -> cost.Work | None:
-        """What one step of this process asks of the device, or None where pictures have several sizes."""
+        """What one step of this process asks of the device, or None where it is not known."""
         windows = self.data.loader.windows
         if windows is None or windows[0][:2] != windows[1][:2]:
             return None
         height, width, _ = windows[0]
+        if self.config.model.method == "augmented":  # not counted
+            return None
         step = cost.configured(self.config, height, width, precision=self.precision, fused=self.impl == "fused")
         return cost.training_step(step) + cost.weights(step) + cost.optimiser(step)
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from cyclegan_fast.models import reference
-from cyclegan_fast.training.step import Objective, StepBatch, TrainState, train_step
+from cyclegan_fast.training.cyclegan import CycleGANState, Objective
+from cyclegan_fast.training.step import StepBatch, train_step
 
 # float64: what is left is the order of sums, which Adam's division by small second moments may enlarge.
 CLOSE = {"rtol": 1e-7, "atol": 1e-9}
@@ -38,8 +39,8 @@ def test_the_peer_trains_as_the_reference_does(batch: int, identity: float) -> N
     ours, theirs = networks()
     parameters = [[p for network in pair for p in network.parameters()] for pair in (ours[:2], ours[2:])]
     G, D = (torch.optim.Adam(group, lr=2e-4, betas=(0.5, 0.999)) for group in parameters)
-    state = TrainState(
-        *ours,
+    state = CycleGANState(
+        **dict(zip(("G_A", "G_B", "D_A", "D_B"), ours, strict=True)),
         optimizer_G=G,
         optimizer_D=D,
         exchange_A=no_pool,

@@ -14,6 +14,7 @@ from cyclegan_fast.errors import InputError
 from cyclegan_fast.evaluation.metrics import (
     MS_SSIM_WEIGHTS,
     bootstrap,
+    checkerboard,
     ms_ssim,
     ms_ssim_scales,
     psnr,
@@ -363,3 +364,99 @@ def test_wrong_settings_are_refused() -> None:
     ):
         with pytest.raises(InputError, match=words):
             bootstrap(values, **more)  # type: ignore[arg-type]
+
+
+# Checkerboards
+
+
+def tiled(tile: Tensor, height: int = 64, width: int = 48) -> Tensor:
+    """The tile [h, w] repeated over a picture [1, 1, height, width] of mean 1/2."""
+    h, w = tile.shape
+    return 0.5 + tile.double().repeat(height // h, width // w)[None, None]
+
+
+CHECKS = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("tile", "expected"),
+    [
+        (0.1 * CHECKS, (0.01, 0)),
+        (0.1 * torch.tensor([[1.0, -1.0]]).double(), (0.01, 0)),  # upright stripes
+        (0.1 * torch.tensor([[1.0], [-1.0]]).double(), (0.01, 0)),
+        (
+            0.2 * torch.tensor([[1.0, 0.0, -1.0, 0.0]]).double(),
+            (0, 0.02),
+        ),  # a cosine of period 4: half the squared amplitude
+        (0.1 * CHECKS.repeat_interleave(2, 0).repeat_interleave(2, 1), (0, 0.01)),
+        (0.1 * torch.tensor([[3.0, -1.0, -1.0, -1.0]]).double(), (0.01, 0.02)),  # 1, -1, 1, -1 and 2, 0, -2, 0
+    ],
+)
+def test_patterns_of_known_energy(tile: Tensor, expected: tuple[float, float]) -> None:
+    found = checkerboard(tiled(tile), **UNIT)
+    assert found.energy[0].tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_any_pattern_is_parted_into_its_two_periods() -> None:
+    """What 2 x 2 blocks have in common is of period 2, the rest of period 4, and nothing is lost."""
+    tile = torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 20
+    tile -= tile.mean()
+    common = tile.view(2, 2, 2, 2).mean(dim=(0, 2))
+    whole, short = float(tile.square().mean()), float(common.square().mean())
+    found = checkerboard(tiled(tile), **UNIT).energy[0]
+    assert found.tolist() == pytest.approx([short, whole - short], abs=1e-12)
+
+
+def test_a_checkerboard_in_a_picture() -> None:
+    """5 levels of 255 in a rough picture are found to 5 %, and none is where none was added."""
+    images = pictures(64, 3, 64, 64, seed=1)
+    images = images * 0.8 + 0.1
+    before = checkerboard(images, **UNIT)
+    after = checkerboard(images + tiled(5 / 255 * CHECKS, 64, 64) - 0.5, **UNIT)
+    assert before.energy.mean(dim=0).abs().max() < 0.02 * (5 / 255) ** 2
+    assert float(after.energy[:, 0].mean().sqrt()) * 255 == pytest.approx(5, rel=0.05)
+    torch.testing.assert_close(after.energy[:, 1], before.energy[:, 1])
+    assert before.contrast.mean(dim=0).tolist() == pytest.approx([1, 1], abs=0.25)
+    assert after.contrast[:, 0].min() > 20
+
+
+def test_white_noise_has_none() -> None:
+    noise = 0.5 + 0.1 * torch.randn(400, 1, 32, 32, generator=torch.Generator().manual_seed(2)).clamp(-4, 4)
+    found = checkerboard(noise, **UNIT)
+    level = 0.01 * (1.5 / 32) ** 2  # of each line: the variance and the window's noise bandwidth
+    assert (found.energy.mean(dim=0) / (level * torch.tensor([3, 12]))).abs().max() < 0.15
+    assert found.contrast.mean(dim=0).tolist() == pytest.approx([1, 1], abs=0.15)
+
+
+def test_a_smooth_picture_has_none() -> None:
+    y, x = torch.meshgrid(
+        torch.linspace(0, 1, 66, dtype=torch.float64), torch.linspace(0, 2, 97).double(), indexing="ij"
+    )
+    smooth = (torch.exp(-3 * ((x - 0.7) ** 2 + (y - 0.4) ** 2)) * 0.8 + 0.1 * x)[None, None]
+    found = checkerboard(smooth, **UNIT)
+    assert found.energy.abs().max() < (0.02 / 255) ** 2
+    assert found.contrast[0].tolist() == pytest.approx([1, 1], abs=0.1)
+
+
+def test_transposed_convolutions_draw_them_and_resizing_ones_do_not() -> None:
+    """Two doublings with random weights, of smooth maps, as a generator begins with."""
+    maps = torch.nn.functional.interpolate(pictures(4, 8, 4, 4, seed=3), (16, 16), mode="bicubic")
+    kernels = [torch.randn(8, 8, 3, 3, generator=torch.Generator().manual_seed(k)).double() / 6 for k in (4, 5)]
+    contrast = {}
+    for kind in ("transposed", "resize"):
+        x = maps
+        for kernel in kernels:
+            if kind == "resize":
+                x = torch.nn.functional.interpolate(x, scale_factor=2.0, mode="nearest")
+                x = torch.nn.functional.conv2d(torch.nn.functional.pad(x, (1,) * 4, mode="reflect"), kernel)
+            else:
+                x = torch.nn.functional.conv_transpose2d(x, kernel, None, 2, 1, 1)
+        x = (x - x.min()) / (x.max() - x.min())
+        contrast[kind] = checkerboard(x, **UNIT).contrast.mean(dim=0)
+    assert (contrast["transposed"] > 100).all()
+    assert (contrast["transposed"] > 10 * contrast["resize"]).all()
+
+
+def test_pictures_too_small_for_a_spectrum_are_refused() -> None:
+    with pytest.raises(InputError, match="31 x 64 pixels are too small for a spectrum: both sides must have 32"):
+        checkerboard(torch.zeros(1, 3, 31, 64), **UNIT)

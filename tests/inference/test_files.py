@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from tiny_models import noise, picture, translator
 
-from cyclegan_fast.data.photo import Photo, PhotoError, open_photo
+from cyclegan_fast.data.photo import Original, PhotoError, open_photo
 from cyclegan_fast.errors import InputError
 from cyclegan_fast.inference import files as module
 from cyclegan_fast.inference import translate
@@ -280,36 +280,33 @@ def test_progress_goes_to_stderr(tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert capfd.readouterr().err == ""
 
 
-def test_reading_overlaps_and_few_pictures_are_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for index in range(8):
+def test_reading_and_writing_run_beside_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a picture is translated, the next one is opened and the one before is saved, or this would time out."""
+    for index in range(6):
         picture(tmp_path / "in" / f"{index}.png")
-    lock, held, most = threading.Lock(), 0, 0
-    opened = [threading.Event() for _ in range(8)]
-    really_open, really_save = module.open_photo, module.save_photo
+    opened, saved = ([threading.Event() for _ in range(6)] for _ in range(2))
+    really_open, really_save = module.open_original, module.save_photo
+    model = translator()
+    really_translate, count = model.translate, iter(range(6))
 
-    def count(change: int) -> None:
-        nonlocal held, most
-        with lock:
-            held += change
-            most = max(most, held)
-
-    def counted_open(path: Path, channels: int) -> Photo:
-        count(1)
+    def seen_open(path: Path, *arguments: object, **options: object) -> Original:
         opened[int(path.stem)].set()
-        return really_open(path, channels)
+        return really_open(path, *arguments, **options)  # type: ignore[arg-type]
 
-    def counted_save(image: Image.Image, path: Path, **options: object) -> None:
-        # The picture after the next one is opened while this one is still to be written, or this would time out.
-        ahead = min(int(path.stem) + 1, 7)
-        assert opened[ahead].wait(10)
+    def seen_save(image: np.ndarray, path: Path, **options: object) -> None:
         really_save(image, path, **options)  # type: ignore[arg-type]
-        count(-1)
+        saved[int(path.stem)].set()
 
-    monkeypatch.setattr(module, "open_photo", counted_open)
-    monkeypatch.setattr(module, "save_photo", counted_save)
-    result = run_files([tmp_path / "in"], tmp_path / "out")
-    assert len(result.done) == 8
-    assert 2 <= most <= 3
+    def seen_translate(*arguments: object, **options: object) -> np.ndarray:
+        index = next(count)
+        assert opened[min(index + 1, 5)].wait(10)
+        assert index == 0 or saved[index - 1].wait(10)
+        return really_translate(*arguments, **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(module, "open_original", seen_open)
+    monkeypatch.setattr(module, "save_photo", seen_save)
+    monkeypatch.setattr(model, "translate", seen_translate)
+    assert len(run_files([tmp_path / "in"], tmp_path / "out", model).done) == 6
 
 
 def test_real_photographs(real_photos: Path, tmp_path: Path) -> None:

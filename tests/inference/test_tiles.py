@@ -76,6 +76,15 @@ def test_in_float64_they_are_the_same_to_its_rounding(preset: str) -> None:
         assert (result - whole(network, picture)).abs().max() < 1e-12, plan
 
 
+@pytest.mark.parametrize("preset", ["original", "keras"])
+def test_doublings_by_resizing(preset: str) -> None:
+    network = generator(preset, upsample="resize").double()
+    picture = random_picture(37, 50)
+    for plan in PLANS:
+        result = translate_tiled(network, picture, plan, device=CPU)
+        assert (result - whole(network, picture)).abs().max() < 1e-12, plan
+
+
 @pytest.mark.parametrize("channels", [(1, 3), (3, 1), (4, 4), (2, 3)], ids=str)
 @pytest.mark.parametrize("impl", ["fused", "reference"])
 def test_other_channels_dropout_and_executions(channels: tuple[int, int], impl: str) -> None:

@@ -13,14 +13,19 @@ from torch import Tensor, nn
 
 import cyclegan_fast as cf
 from cyclegan_fast.models import PatchDiscriminator, PixelDiscriminator, ResnetGenerator, fused, reference
-from cyclegan_fast.models.reference import InstanceNorm
+from cyclegan_fast.models.reference import InstanceNorm, ResizeConv2d
 from cyclegan_fast.ops import _native
 
 needs_native = pytest.mark.skipif(not _native.available(), reason="the native operations are not built")
 Make = Callable[..., nn.Module]
 
 GENERATORS = [
-    pytest.param(preset, {"blocks": blocks, **more}, shape, id=f"{preset}-{blocks}-{'x'.join(map(str, shape))}")
+    pytest.param(
+        preset,
+        {"blocks": blocks, **more},
+        shape,
+        id=f"{preset}-{more.get('upsample', blocks)}-{'x'.join(map(str, shape))}",
+    )
     for preset, blocks, more, shape in [
         ("original", 2, {}, (2, 3, 24, 20)),
         ("original", 1, {"in_channels": 1, "out_channels": 4}, (1, 1, 16, 8)),
@@ -28,6 +33,9 @@ GENERATORS = [
         ("original", 1, {}, (1, 3, 3, 5)),
         ("keras", 2, {}, (3, 3, 24, 20)),
         ("keras", 1, {"in_channels": 4, "out_channels": 1}, (1, 4, 12, 16)),
+        ("original", 2, {"upsample": "resize"}, (2, 3, 24, 20)),
+        ("original", 1, {"upsample": "resize"}, (1, 3, 3, 5)),
+        ("keras", 2, {"upsample": "resize"}, (2, 3, 20, 24)),
     ]
 ]
 DISCRIMINATORS = [
@@ -38,6 +46,11 @@ DISCRIMINATORS = [
     ),
     pytest.param(PixelDiscriminator, {"preset": "original"}, (2, 3, 9, 7), id="pixel"),
     pytest.param(PixelDiscriminator, {"preset": "keras"}, (1, 3, 8, 8), id="pixel-keras"),
+    pytest.param(PatchDiscriminator, {"spectral_norm": True}, (2, 3, 33, 26), id="patch-spectral"),
+    pytest.param(
+        PatchDiscriminator, {"preset": "keras", "layers": 2, "spectral_norm": True}, (1, 3, 24, 20), id="keras-spectral"
+    ),
+    pytest.param(PixelDiscriminator, {"spectral_norm": True}, (2, 3, 9, 7), id="pixel-spectral"),
 ]
 
 
@@ -78,10 +91,17 @@ def compare(network: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, tole
     assert len(dead) == (norms if any(getattr(m, "bias", None) is not None for m in _hidden(network)) else 0)
     for name in dead:
         weight = name.removesuffix("bias") + "weight"
+        weight = weight if weight in wanted_grads else name.removesuffix("bias") + "parametrizations.weight.original"
         assert wanted_grads[name].abs().max() <= 100 * tolerance * wanted_grads[weight].abs().max().clamp_min(1)
+    # Between the blocks and a resize, a constant passes convolutions over reflected borders as a constant, and the next
+    # norm subtracts it: the shifts that end blocks have no effect there, and gradients of rounding errors.
+    resized = any(isinstance(m, ResizeConv2d) for m in network.modules())
     for name, grad in grads.items():
+        scale = wanted_grads[name].abs().max()
+        if resized and name.endswith("conv_block.6.bias"):
+            scale = wanted_grads[name.removesuffix("bias") + "weight"].abs().max()
         error = (grad - wanted_grads[name]).abs().max()
-        assert error <= tolerance * wanted_grads[name].abs().max(), (name, float(error))
+        assert error <= tolerance * scale, (name, float(error))
 
 
 def _hidden(network: nn.Module) -> list[nn.Module]:
@@ -134,11 +154,11 @@ def test_bfloat16_autocast_is_as_close_as_the_reference(preset: str) -> None:
     assert errors["fused"] < 1.5 * errors["reference"] < 0.2
 
 
-@pytest.mark.parametrize("drop", [False, True], ids=["plain", "dropout"])
+@pytest.mark.parametrize("options", [{}, {"dropout": True}, {"upsample": "resize"}], ids=["plain", "dropout", "resize"])
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-def test_layouts(drop: bool, recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layouts(options: dict[str, Any], recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every convolution and norm sees and gives channels-last, so that nothing is copied between them."""
-    network = make(ResnetGenerator, torch.float32, blocks=2, dropout=drop, impl="fused", recompute=recompute)
+    network = make(ResnetGenerator, torch.float32, blocks=2, impl="fused", recompute=recompute, **options)
     seen = []
 
     def watch(name: str) -> None:
@@ -222,11 +242,19 @@ def test_unknown_impl_is_refused() -> None:
         ResnetGenerator(impl="fast")
 
 
-@pytest.mark.parametrize("kind", ["generator", "discriminator"])
+COMPILED = {
+    "generator": (ResnetGenerator, {"blocks": 1}),
+    "resize": (ResnetGenerator, {"blocks": 1, "upsample": "resize"}),
+    "discriminator": (PatchDiscriminator, {"layers": 1}),
+    "spectral": (PatchDiscriminator, {"layers": 1, "spectral_norm": True}),
+    "spectral-keras": (PatchDiscriminator, {"layers": 1, "preset": "keras", "spectral_norm": True}),
+}
+
+
+@pytest.mark.parametrize("kind", COMPILED)
 def test_compiles_without_a_graph_break(kind: str) -> None:
-    network = make(ResnetGenerator, torch.float32, blocks=1, impl="fused") if kind == "generator" else make(
-        PatchDiscriminator, torch.float32, layers=1, impl="fused"
-    )  # fmt: skip
+    network_class, options = COMPILED[kind]
+    network = make(network_class, torch.float32, impl="fused", **options)
     x = torch.rand(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager", dynamic=False)
     results = []

@@ -63,6 +63,27 @@ def test_generator_keys_and_shapes_are_the_de_facto_ones(blocks: int, dropout: b
     assert len(expected) == 48 - 4 * (9 - blocks)
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_resizing_keeps_the_keys_and_turns_the_weights(preset: str) -> None:
+    with torch.device("meta"):
+        transposed, resized = (ResnetGenerator(preset=preset, upsample=kind) for kind in ("transposed", "resize"))
+    expected = shapes(transposed)
+    assert list(shapes(resized)) == list(expected)
+    expected |= {"model.19.weight": (128, 256, 3, 3), "model.22.weight": (64, 128, 3, 3)}
+    assert shapes(resized) == expected
+
+
+def test_a_constant_map_stays_constant_through_a_resizing_convolution() -> None:
+    """A transposed one draws a checkerboard into it; Odena et al. 2016."""
+    x = torch.ones(1, 8, 5, 6)
+    for upsample, flat in (("resize", True), ("transposed", False)):
+        double = ResnetGenerator(ngf=2, blocks=1, upsample=upsample).model[11]
+        y = double(x).detach()
+        assert y.shape == (1, 4, 10, 12)
+        spread = float((y - y[:, :, 4:5, 4:5]).abs().max())
+        assert (spread < 1e-6) == flat
+
+
 def test_discriminator_keys_and_shapes_are_the_de_facto_ones() -> None:
     with torch.device("meta"):
         D, pixel = PatchDiscriminator(3), PixelDiscriminator(3)
@@ -198,8 +219,14 @@ def inner(x: np.ndarray, kernel: int) -> tuple[int, int]:
     return x.shape[1] - kernel + 1, x.shape[2] - kernel + 1
 
 
-def np_generator(x: np.ndarray, weights: Weights, before_down: int, before_up: int) -> np.ndarray:
-    """A generator with one block: layers 1-8, block 10, layers 11-16, convolution 18."""
+def np_resize_conv(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """Each position as 2 x 2, then a 3x3 convolution over the reflected border."""
+    padded = np_reflect(x.repeat(2, axis=1).repeat(2, axis=2), 1)
+    return np_conv(padded, weight, bias, 1, 0, inner(padded, 3))
+
+
+def np_generator(x: np.ndarray, weights: Weights, before_down: int, before_up: int | None) -> np.ndarray:
+    """A generator with one block: layers 1-8, block 10, layers 11-16, convolution 18; no before_up: by resize."""
     padded = np_reflect(x, 3)
     x = np_conv(padded, *weights.conv("model.1"), 1, 0, inner(padded, 7))
     x = np.maximum(weights.norm("model.2", x), 0)
@@ -212,15 +239,20 @@ def np_generator(x: np.ndarray, weights: Weights, before_down: int, before_up: i
     y = np_conv(y, *weights.conv("model.10.conv_block.5"), 1, 0, inner(y, 3))
     x = x + weights.norm("model.10.conv_block.6", y)
     for conv, norm in (("model.11", "model.12"), ("model.14", "model.15")):
-        x = np_double(x, *weights.conv(conv), before_up)
+        weight = weights.conv(conv)
+        x = np_resize_conv(x, *weight) if before_up is None else np_double(x, *weight, before_up)
         x = np.maximum(weights.norm(norm, x), 0)
     padded = np_reflect(x, 3)
     return np.tanh(np_conv(padded, *weights.conv("model.18"), 1, 0, inner(padded, 7)))
 
 
-@pytest.mark.parametrize(("preset", "before_down", "before_up"), [("original", 1, 1), ("keras", 0, 0)])
-def test_generator_against_numpy_loops(preset: str, before_down: int, before_up: int) -> None:
-    G = randomised(ResnetGenerator(2, 1, 1, 1, preset=preset).double())
+@pytest.mark.parametrize(
+    ("preset", "before_down", "before_up"),
+    [("original", 1, 1), ("keras", 0, 0), ("original", 1, None), ("keras", 0, None)],
+)
+def test_generator_against_numpy_loops(preset: str, before_down: int, before_up: int | None) -> None:
+    upsample = "resize" if before_up is None else "transposed"
+    G = randomised(ResnetGenerator(2, 1, 1, 1, preset=preset, upsample=upsample).double())
     x = torch.randn(2, 2, 8, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     weights = Weights(G, preset)
     expected = np.stack([np_generator(picture, weights, before_down, before_up) for picture in x.numpy()])
@@ -369,6 +401,8 @@ def test_inputs_of_another_shape_are_refused() -> None:
 def test_impossible_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="preset = 'tensorflow' is not known: one of original, keras"):
         ResnetGenerator(preset="tensorflow")
+    with pytest.raises(ValueError, match="upsample = 'bilinear' is not known: one of transposed, resize"):
+        ResnetGenerator(upsample="bilinear")
     with pytest.raises(ValueError, match="blocks = 0"):
         ResnetGenerator(blocks=0)
     with pytest.raises(ValueError, match="layers = 0"):

@@ -204,6 +204,7 @@ JOBS: dict[str, Callable[[str, Path], Any]] = {
     "disagreement": disagreement_job,
     "steps-differ": steps_differ_job,
     "exact": run,
+    **dict.fromkeys(("pix2pix", "augmented", "pix2pix-large"), run),
     "eager": run,
     "accumulate": run,
     "compressed": run,

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from cyclegan_fast.models import PatchDiscriminator, ResnetGenerator
 from cyclegan_fast.models.reference import InstanceNorm
 from cyclegan_fast.ops import _native
+from cyclegan_fast.training.cyclegan import CycleGANState, Objective
 from cyclegan_fast.training.image_pool import ImagePool
-from cyclegan_fast.training.step import Objective, StepBatch, TrainState, train_step
+from cyclegan_fast.training.step import StepBatch, train_step
 
 STEPS = 10
 
@@ -37,11 +38,13 @@ def networks(preset: str, dtype: torch.dtype) -> dict[str, nn.Module]:
     return made
 
 
-def state_of(modules: dict[str, nn.Module], pool: int, eps: float, batched: bool, objective: Objective) -> TrainState:
+def state_of(
+    modules: dict[str, nn.Module], pool: int, eps: float, batched: bool, objective: Objective
+) -> CycleGANState:
     def adam(*names: str) -> torch.optim.Adam:
         return torch.optim.Adam([p for n in names for p in modules[n].parameters()], 2e-4, (0.5, 0.999), eps)
 
-    return TrainState(
+    return CycleGANState(
         **modules,
         optimizer_G=adam("G_A", "G_B"),
         optimizer_D=adam("D_A", "D_B"),
@@ -73,7 +76,7 @@ def dead_biases(module: nn.Module) -> set[str]:
     return names
 
 
-def run(modules: dict[str, nn.Module], state: TrainState, size: int, dtype: torch.dtype) -> list[dict[str, Tensor]]:
+def run(modules: dict[str, nn.Module], state: CycleGANState, size: int, dtype: torch.dtype) -> list[dict[str, Tensor]]:
     logs = []
     for step in range(STEPS):
         logs.append(train_step(state, batch_of(step, size, dtype)))

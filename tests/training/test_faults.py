@@ -35,7 +35,7 @@ from cyclegan_fast.data.folder import DataError
 from cyclegan_fast.evaluation.figures import curves_figure
 from cyclegan_fast.progress import Bar
 from cyclegan_fast.training import checkpoint as ckpt
-from cyclegan_fast.training import lock, trainer
+from cyclegan_fast.training import lock, samples, trainer
 from cyclegan_fast.training.health import NonFiniteLossError
 from cyclegan_fast.training.lock import RunLockedError
 from cyclegan_fast.training.monitor import History
@@ -603,7 +603,7 @@ def test_a_measure_that_is_no_number_is_not_the_best(
 ) -> None:
     """A test picture may overflow where the training pictures do not."""
     measures = iter([{"test_cycle": 3.0}, {"test_cycle": math.nan}, {"test_cycle": 2.0}])
-    monkeypatch.setattr(trainer.Samples, "measure", lambda _: next(measures))
+    monkeypatch.setattr(samples.Samples, "measure", lambda _: next(measures))
     run = train(tiny("run", *USUAL))
     assert ckpt.read_checkpoint(ckpt.step_path(run, 6))["best"] == 3.0
     assert ckpt.read_checkpoint(ckpt.find_checkpoint(run, "best"))["position"]["step"] == 8

@@ -144,6 +144,7 @@ VARIANTS = {
     "streamed": ("data.resident=never", "training.batch=2"),
     "reference": ("training.impl=reference", "training.channels_last=false"),
     "recompute": ("training.recompute=true", "model.blocks=2"),
+    "options": ("model.spectral_norm=true", "training.ema=0.9", "model.upsample=resize", "training.accumulate=2"),
     "gray": ("model.channels_A=1", "loss.identity=0", "data.resident=never"),
 }
 

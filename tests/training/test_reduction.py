@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from cyclegan_fast import distributed
 from cyclegan_fast.models import PatchDiscriminator
+from cyclegan_fast.training.cyclegan import CycleGANState
 from cyclegan_fast.training.graph import CudaRecorder, StepGraph
 from cyclegan_fast.training.reduction import BucketReduction
-from cyclegan_fast.training.step import TrainState, train_step
+from cyclegan_fast.training.step import train_step
 
 
 class Collectives:
@@ -192,7 +193,7 @@ def test_what_cannot_be_a_bucket_is_refused() -> None:
         BucketReduction([list(net.parameters())], bucket_bytes=1000)
 
 
-def reduced_state(modules: dict[str, nn.Module], bucket_bytes: int = 4000) -> TrainState:
+def reduced_state(modules: dict[str, nn.Module], bucket_bytes: int = 4000) -> CycleGANState:
     state = state_of(modules)
     state.reduction_G, state.reduction_D = (
         BucketReduction([list(modules[name].parameters()) for name in names], bucket_bytes=bucket_bytes)

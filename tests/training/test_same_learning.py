@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from cyclegan_fast.device import arithmetic
 from cyclegan_fast.models import PatchDiscriminator, ResnetGenerator, fused
+from cyclegan_fast.training.cyclegan import CycleGANState, Objective
 from cyclegan_fast.training.image_pool import ImagePool
-from cyclegan_fast.training.step import Objective, StepBatch, TrainState, train_step
+from cyclegan_fast.training.step import StepBatch, train_step
 
 LOSSES = ("loss_G", "G_A", "G_B", "cycle_A", "cycle_B", "idt_A", "idt_B", "D_A", "D_B")
 STEPS, WINDOW, FIRST = 200, 25, 8
@@ -64,7 +65,7 @@ class Training:
                 logs.append(torch.stack([log[name].double() for name in LOSSES]))
         return torch.stack(logs).cpu()
 
-    def _state(self) -> TrainState:
+    def _state(self) -> CycleGANState:
         torch.manual_seed(0)
         networks: dict[str, Any] = {name: ResnetGenerator(3, 3, 8, 1, impl=self.impl) for name in ("G_A", "G_B")}
         networks |= {name: PatchDiscriminator(3, 8, 1, impl=self.impl) for name in ("D_A", "D_B")}
@@ -77,7 +78,7 @@ class Training:
             parameters = [parameter for module in modules for parameter in module.parameters()]
             return torch.optim.Adam(parameters, lr=self.lr, betas=(self.beta1, 0.999), eps=1e-2, fused=True)
 
-        return TrainState(
+        return CycleGANState(
             **networks,
             optimizer_G=adam(networks["G_A"], networks["G_B"]),
             optimizer_D=adam(networks["D_A"], networks["D_B"]),

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from cyclegan_fast.models.reference import PatchDiscriminator, ResnetGenerator
+from cyclegan_fast.training.cyclegan import CycleGANState, Objective
 from cyclegan_fast.training.image_pool import ImagePool
 from cyclegan_fast.training.losses import GANLoss
-from cyclegan_fast.training.step import Objective, StepBatch, TrainState, train_step
+from cyclegan_fast.training.step import StepBatch, train_step
 
 LR, BETAS, EPS = 2e-3, (0.5, 0.999), 1e-8
 
@@ -29,11 +30,11 @@ def networks(dtype: torch.dtype = torch.float64, preset: str = "original") -> di
     return {name: module.to(dtype) for name, module in made.items()}
 
 
-def state_of(modules: dict[str, nn.Module], pool: int = 2, **objective: Any) -> TrainState:
+def state_of(modules: dict[str, nn.Module], pool: int = 2, **objective: Any) -> CycleGANState:
     def adam(*names: str) -> torch.optim.Adam:
         return torch.optim.Adam([p for n in names for p in modules[n].parameters()], lr=LR, betas=BETAS, eps=EPS)
 
-    return TrainState(
+    return CycleGANState(
         **modules,
         optimizer_G=adam("G_A", "G_B"),
         optimizer_D=adam("D_A", "D_B"),

@@ -76,8 +76,9 @@ def assert_same_state(one: Path, two: Path, *, but: tuple[str, ...] = ()) -> Non
         ("model.dropout=true", "loss.gan=wgangp"),
         ("model.preset=keras", "data.pairing=zip", "data.frozen_augmentation=true", "loss.generator_gradient=own"),
         ("training.precision=bf16", "data.preprocess=none", "training.epochs=1", "training.epochs_decay=1"),
+        ("model.spectral_norm=true", "model.upsample=resize", "loss.gan=hinge", "model.discriminator=pixel"),
     ],
-    ids=["plain", "accumulate", "dropout-wgangp", "keras", "bf16-none"],
+    ids=["plain", "accumulate", "dropout-wgangp", "keras", "bf16-none", "spectral-resize"],
 )
 def test_resuming_is_exact(tiny: Tiny, overrides: tuple[str, ...]) -> None:
     """Seven steps straight, and three, a stop, and four more: the same state and the same records."""
@@ -300,6 +301,7 @@ def test_one_picture_is_enough_and_none_is_not(tiny: Tiny, dataset: Path, empty:
         ("loss.gan=vanilla", "model.discriminator=pixel"),
         ("loss.gan=hinge", "loss.identity=0", "model.channels_A=1"),
         ("model.channels_A=4", "model.channels_B=4"),
+        ("model.spectral_norm=true", "loss.gan=wgangp", "model.preset=keras"),
         ("training.deterministic=true", "training.channels_last=false"),
         ("data.resident=never", "data.preprocess=scale_width_and_crop", "checkpoint.best=generator"),
     ],

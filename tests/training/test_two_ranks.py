@@ -30,6 +30,8 @@ NETWORKS = ("G_A", "G_B", "D_A", "D_B")
 STEPS = 20
 # As training does it: nothing but the bits of the same sums can stay equal for long.
 EXACT = (f"training.steps={STEPS}", "monitor.log_every=1")
+# With buffers and averages, which must stay equal to the bit as the weights do.
+OPTIONS = ("model.spectral_norm=true", "model.upsample=resize", "training.ema=0.9")
 # For runs that round differently. Adam divides by a gradient's own size, an instance norm by the spread of its input:
 # with an epsilon above the gradients' rounding, larger weights and a small rate, neither amplifies rounding for long.
 # The weights still move by up to ten times the tolerance.
@@ -40,10 +42,13 @@ JOBS: dict[str, tuple[str, ...]] = {
     "order": (),
     "disagreement": (),
     "steps-differ": (),
-    "exact": EXACT,
-    "graph": (*EXACT, "training.mode=graph"),
+    "exact": (*EXACT, *OPTIONS),
+    "graph": (*EXACT, *OPTIONS, "training.mode=graph"),
     "resumed": (*EXACT, "training.lr_scaling=linear"),
     "accumulate": ("training.steps=3", "training.accumulate=3"),
+    "pix2pix": (*EXACT, "model.method=pix2pix", "data.pairing=aligned", "data.unreadable=skip"),
+    "augmented": (*EXACT, "model.method=augmented", "model.latent=3"),
+    "pix2pix-large": (*COMPARABLE, "model.method=pix2pix", "data.pairing=aligned", "data.unreadable=skip"),
     "eager": COMPARABLE,
     "compile": (*COMPARABLE, "training.mode=compile"),
     "compressed": (*COMPARABLE, "distributed.compression=bf16"),
@@ -178,7 +183,9 @@ def assert_equal_runs(one: Path, two: Path, *, loss: float = 1e-5, weights: floa
             rel = 1e-2 if name.startswith("grad_") else loss
             assert second[name] == pytest.approx(value, rel=rel, abs=loss), (first["step"], name)
     states = [ckpt.read_checkpoint(ckpt.find_checkpoint(run)) for run in (one, two)]
-    for network in NETWORKS:
+    networks = [name for name in NETWORKS if name in states[0]]
+    assert networks
+    for network in networks:
         torch.testing.assert_close(states[0][network], states[1][network], rtol=0, atol=weights)
 
 
@@ -193,6 +200,18 @@ def test_two_ranks_are_one_with_two_micro_batches(folder: Path) -> None:
 def test_two_ranks_are_one_with_twice_the_batch(folder: Path) -> None:
     said(folder, "eager")
     assert_equal_runs(twice_the_batch(folder, "eager"), folder / "runs" / "eager")
+
+
+@pytest.mark.parametrize("method", ["pix2pix", "augmented"])
+def test_other_methods_on_two_ranks_are_one_with_two_micro_batches(folder: Path, method: str) -> None:
+    """To the bit, with their pools, codes and aligned pictures."""
+    said(folder, method)
+    assert_same_run(micro_batches(folder, method), folder / "runs" / method)
+
+
+def test_pix2pix_on_two_ranks_is_one_with_twice_the_batch(folder: Path) -> None:
+    said(folder, "pix2pix-large")
+    assert_equal_runs(twice_the_batch(folder, "pix2pix-large"), folder / "runs" / "pix2pix-large")
 
 
 def test_a_run_goes_on_with_another_number_of_processes(folder: Path) -> None:
