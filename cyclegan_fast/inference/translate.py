@@ -245,13 +245,8 @@ class Translator:
         Raises PhotoError for a file that cannot be used, ValueError for a wrong shape, dtype, mode, direction or
         option, and TranslationError when memory runs out (naming the size) or the result is not finite.
         """
-        if seed is not None:
-            translator = self.styled(seed)
-            return translator.translate(
-                image, direction, truncate=truncate, scale=scale, tile=tile, max_memory=max_memory, progress=progress
-            )
-        execution = Execution(scale, tile, max_memory, progress)
-        return self._run(image, direction, 1, truncate, execution)[0]
+        translator = self if seed is None else self.styled(seed)
+        return translator._run(image, direction, 1, truncate, Execution(scale, tile, max_memory, progress))[0]
 
     @overload
     def cycle(self, image: str | Path | Image.Image, direction: str = ...) -> tuple[Image.Image, Image.Image]: ...

@@ -86,7 +86,7 @@ def _linear_fit(guide: Tensor, target: Tensor, radius: int, eps: float) -> tuple
 
     def products(a: Tensor, b: Tensor) -> Tensor:
         """Covariances [N, h, w, C, K] over each window."""
-        ab = mean((a[:, :, None] * b[:, None]).flatten(1, 2)).unflatten(1, (a.shape[1], b.shape[1]))
+        ab: Tensor = mean((a[:, :, None] * b[:, None]).flatten(1, 2)).unflatten(1, (a.shape[1], b.shape[1]))
         return (ab - mean(a)[:, :, None] * mean(b)[:, None]).permute(0, 3, 4, 1, 2)
 
     ridge = eps * torch.eye(guide.shape[1], dtype=guide.dtype, device=guide.device)
