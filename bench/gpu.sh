@@ -6,8 +6,9 @@
 #     OUT=results bash bench/gpu.sh          # PYTHON=python3 TOTAL=540
 #     PAPER=1 OUT=results bash bench/gpu.sh  # only the paper's whole training: 500 + 500 pictures, 50 epochs, timed
 #
-# Leaves in $OUT, at most eight files: summary.md (what ran, how it ended, how long it took, and all tables),
-# provenance.json, step.json, translate.json, ops.json, ops.md, tests.log; build.log only if the build failed.
+# Leaves in $OUT, at most ten files: summary.md (what ran, how it ended, how long it took, and all tables),
+# provenance.json, overhead.json, step.json, translate.json, photo.json, ops.json, ops.md, tests.log; build.log only if
+# the build failed.
 
 set -u
 cd "$(dirname "$0")/.."
@@ -61,7 +62,7 @@ summary() {
         [ -s "$OUT/tests.log" ] && { echo '```'; tail -n 25 "$OUT/tests.log"; echo '```'; echo; }
         [ -s "$WORK/verified" ] && { echo '```'; cat "$WORK/verified"; echo '```'; echo; }
         [ -s "$WORK/paper" ] && { echo '```'; cat "$WORK/paper"; echo '```'; echo; }
-        for table in "$WORK/step.md" "$WORK/model.md" "$WORK/translate.md" "$WORK/overhead.md" "$OUT/ops.md"; do
+        for table in "$WORK"/{step,model,translate,photo,overhead}.md "$OUT/ops.md"; do
             [ -s "$table" ] && { cat "$table"; echo; }
         done
     } >"$OUT/summary.md"
@@ -167,6 +168,9 @@ else
         --markdown "$WORK/model.md"
     summary
     part "translation" 60 bash -c 'script translate 50'
+    summary
+    # A 12-megapixel photograph from array to array, whole and in bands.
+    part "photographs" 60 bash -c 'script photo 50'
     summary
     part "tests of the ops" 90 bash -c 'tests tests/ops'
     summary

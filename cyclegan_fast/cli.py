@@ -133,8 +133,25 @@ def _add_translate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         default="auto",
         help="averaged weights (see training.ema) or those of the last step; default: averaged if there are any",
     )
+    _add_size_options(translate)
     _add_execution_options(translate)
     translate.set_defaults(run=_translate)
+
+
+def _add_size_options(translate: argparse.ArgumentParser) -> None:
+    translate.add_argument(
+        "--scale",
+        metavar="N|train",
+        help="translate at a short side of N pixels, or of the training's pictures, and return to full size with the "
+        "picture's own detail; see docs/full_size.md",
+    )
+    translate.add_argument(
+        "--max-memory",
+        metavar="SIZE",
+        help="most that a translation may take beside the loaded model, such as 4GB: larger pictures are computed in "
+        "bands, with the same result (default: what is free)",
+    )
+    translate.add_argument("--tile", type=int, metavar="ROWS", help="compute in bands of so many rows in any case")
 
 
 def _add_output_options(translate: argparse.ArgumentParser) -> None:
@@ -310,8 +327,10 @@ def _options_config(arguments: argparse.Namespace) -> Config:
 
 def _translate(arguments: argparse.Namespace) -> int:
     from cyclegan_fast.inference.files import translate_files
+    from cyclegan_fast.inference.memory import parse_size
     from cyclegan_fast.inference.translate import load
 
+    max_memory = None if arguments.max_memory is None else parse_size(arguments.max_memory)
     translator = load(
         arguments.checkpoint,
         which=arguments.which,
@@ -335,11 +354,18 @@ def _translate(arguments: argparse.Namespace) -> int:
         keep_times=arguments.keep_times,
         overwrite=arguments.overwrite,
         truncate=arguments.truncate,
+        scale=_scale(arguments.scale),
+        tile=arguments.tile,
+        max_memory=max_memory,
     )
     print(f"{len(result.done)} pictures written to {arguments.out}")
     for path, reason in result.failed:
         print(f"not translated: {shown(path)}: {shown(reason)}", file=sys.stderr)
     return 1 if result.failed else 0
+
+
+def _scale(text: str | None) -> int | str | None:
+    return int(text) if text is not None and text.isdecimal() and len(text) < 10 else text
 
 
 def _figure_curves(arguments: argparse.Namespace) -> int:

@@ -30,7 +30,8 @@ from cyclegan_fast.errors import InputError
 from cyclegan_fast.inference.memory import available_memory
 from cyclegan_fast.inference.paths import FORMATS, Job, collect, output_name, plan_jobs
 from cyclegan_fast.inference.pipeline import pipelined
-from cyclegan_fast.inference.translate import Translator
+from cyclegan_fast.inference.tiles import band_bar
+from cyclegan_fast.inference.translate import Execution, Translator
 from cyclegan_fast.machine import usable_cores
 
 __all__ = ["Result", "translate_files"]
@@ -105,6 +106,9 @@ def translate_files(
     keep_times: bool = False,
     overwrite: bool = False,
     truncate: bool = False,
+    scale: int | str | None = None,
+    tile: int | None = None,
+    max_memory: int | None = None,
     progress: bool = True,
 ) -> Result:
     """Translate photographs from files to files of the same size, with their metadata.
@@ -113,7 +117,8 @@ def translate_files(
     fixed part of a pattern, sub-folders are kept. What lies in ``out_dir`` is not taken up when that is inside one of
     the folders. An output is named after its input, with ``suffix`` added to the stem, in the input's format or the
     one named by ``format`` (one of FORMATS); HEIC becomes JPEG, and pictures that get alpha from the network become PNG
-    where the input's format has none. ``truncate`` is as in ``Translator.translate``.
+    where the input's format has none. ``truncate``, ``scale``, ``tile`` and ``max_memory`` are as in
+    ``Translator.translate``.
 
     ``quality`` 1 to 100, ``chroma`` (420, 422, 444) and ``lossless`` are as in ``save_photo``. ``depth``: bits a
     channel, 8, 16 or the input's (``same``), then 8 where the format holds no more. ``profile``: colours in ``srgb``,
@@ -127,11 +132,13 @@ def translate_files(
     full, no more are begun. Pictures are decoded and encoded while the network runs, in order, in bounded memory; an
     interruption leaves no file half-written.
 
-    Raises InputError for a wrong direction, format, suffix or way to write, for no inputs at all, and when ``out_dir``
-    cannot be created.
+    Raises InputError for a wrong direction, format, suffix, size or way to write, for no inputs at all, and when
+    ``out_dir`` cannot be created.
     """
     translator.channels(direction)
+    translator.short_side(scale)
     _check_options(inputs, suffix, format)
+    execution = Execution(scale, tile, max_memory)
     output = Output(quality, chroma, lossless, depth, profile, gray, keep_times)
     out = Path(out_dir)
     try:
@@ -143,7 +150,7 @@ def translate_files(
     jobs, refused = plan_jobs(found, out, lambda name: output_name(name, suffix, format, alpha), overwrite)
     result = Result([], failed + refused)
     with tqdm(total=len(jobs), unit="picture", file=sys.stderr, disable=not progress, dynamic_ncols=True) as bar:
-        batch = _Batch(translator, direction, truncate, output)
+        batch = _Batch(translator, direction, truncate, execution, progress, output)
         readers, writers = _threads(translator.device)
         settled = pipelined(
             jobs, batch.read, batch.translate, batch.save,
@@ -162,8 +169,17 @@ def translate_files(
 class _Batch:
     """What is done with each file of a batch, and what is told of it once."""
 
-    def __init__(self, translator: Translator, direction: str, truncate: bool, output: Output) -> None:
+    def __init__(
+        self,
+        translator: Translator,
+        direction: str,
+        truncate: bool,
+        execution: Execution,
+        progress: bool,
+        output: Output,
+    ) -> None:
         self.translator, self.direction, self.truncate, self.output = translator, direction, truncate, output
+        self.execution, self.progress = execution, progress
         self.channels = translator.channels(direction)[0]
         self.disk_is_full = False
         self.kept_gray, self.coarse = 0, 0
@@ -181,7 +197,17 @@ class _Batch:
 
     def translate(self, job: Job, original: Original) -> Pixels:
         self._refuse_when_full(job)
-        pixels = self.translator.translate(original.pixels, self.direction, truncate=self.truncate)
+        how = self.execution
+        with band_bar(job.source.name, shown=self.progress) as step:
+            pixels = self.translator.translate(
+                original.pixels,
+                self.direction,
+                truncate=self.truncate,
+                scale=how.scale,
+                tile=how.tile,
+                max_memory=how.max_memory,
+                progress=step,
+            )
         deep = pixels.dtype == np.uint16 and self._bits(job, original) == 16
         self.coarse += deep and self.translator.precision in ("bf16", "fp16")
         if original.gray and self.output.gray == "keep" and self.channels >= 3 and pixels.shape[2:] in ((3,), (4,)):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
@@ -16,6 +18,17 @@ from cyclegan_fast.device import arithmetic, resolve_device, resolve_precision
 from cyclegan_fast.errors import InputError
 from cyclegan_fast.inference.memory import available_memory, is_out_of_memory
 from cyclegan_fast.inference.pictures import PictureLike, Pixels, as_batch
+from cyclegan_fast.inference.tiles import (
+    Plan,
+    Progress,
+    as_input,
+    can_tile,
+    plan_tiles,
+    row_filters,
+    translate_tiled,
+    whole_bytes,
+)
+from cyclegan_fast.inference.upsample import enlarge, shrink, small_size
 from cyclegan_fast.inference.weights import AbsentGenerator, absent_generator, is_weights, read_weights
 from cyclegan_fast.models import build_augmented, build_generators
 from cyclegan_fast.models.augmented import StyledGenerator
@@ -23,13 +36,38 @@ from cyclegan_fast.training.checkpoint import CheckpointError, find_checkpoint, 
 from cyclegan_fast.training.ema import select
 from cyclegan_fast.training.latents import latent_draws
 
-__all__ = ["DIRECTIONS", "TranslationError", "Translator", "load"]
+__all__ = ["DIRECTIONS", "Execution", "TranslationError", "Translator", "load"]
 
 DIRECTIONS = ("AtoB", "BtoA")
+
+# Of the memory that is free, what a translation may plan with; the rest is for what no estimate knows.
+_SHARE_OF_FREE = 0.85
+_UNLIMITED = 2**62
 
 
 class TranslationError(InputError):
     """A picture that could not be translated: too large for the memory, or a result that is not finite."""
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How large a picture is translated: options of ``Translator.translate``, where they are explained.
+
+    Raises InputError for a scale, tile or max_memory that is not allowed.
+    """
+
+    scale: int | str | None = None
+    tile: int | None = None
+    max_memory: int | None = None
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.scale, str) and self.scale != "train":
+            raise InputError(f"scale = {self.scale!r} is not allowed: a number of pixels, or 'train'")
+        least = {"scale": (self.scale, 8), "tile": (self.tile, 1), "max_memory": (self.max_memory, 1)}
+        for name, (value, minimum) in least.items():
+            if value is not None and not isinstance(value, str) and value < minimum:
+                raise InputError(f"{name} = {value!r} is not allowed: an integer >= {minimum}")
 
 
 class Translator:
@@ -38,7 +76,8 @@ class Translator:
     ``G_A`` translates A to B, ``G_B`` B to A (the paper's G and F), each mapping float [N, C, H, W] in [-1, 1] to the
     same H and W. The modules are taken over, not copied: they are moved, set to evaluation and stop taking gradients.
     ``device`` and ``precision`` are as in ``resolve_device`` and ``resolve_precision``, which say what they raise;
-    ``auto`` computes in bf16 (fp32 weights, autocast) where the hardware multiplies in it.
+    ``auto`` computes in bf16 (fp32 weights, autocast) where the hardware multiplies in it. ``training_size`` is the
+    short side of the pictures that they were trained on, None where pictures of any size were.
 
     Generators that take a latent code beside the picture (`StyledGenerator`, of Augmented CycleGAN) have theirs fixed:
     ``styled`` gives them another.
@@ -53,7 +92,9 @@ class Translator:
         channels_B: int = 3,
         device: str = "auto",
         precision: str = "auto",
+        training_size: int | None = None,
     ) -> None:
+        self.training_size = training_size
         self.device = resolve_device(device)
         self.precision = resolve_precision(precision, self.device)
         self.channels_A, self.channels_B = channels_A, channels_B
@@ -89,12 +130,14 @@ class Translator:
         file = find_checkpoint(Path(path), which)
         content = select(read_checkpoint(file), weights, file)
         try:
-            model = from_dict(upgraded(content["config"])).model
+            config = from_dict(upgraded(content["config"]))
+            model = config.model
         except ConfigError as error:
             raise CheckpointError(f"{file} holds a configuration that this version cannot use: {error}") from error
         G_A, G_B = (_generator(model, content, name, file) for name in ("G_A", "G_B"))
         A, B = model.channels_A, model.channels_B
-        return cls(G_A, G_B, channels_A=A, channels_B=B, device=device, precision=precision)
+        size = None if config.data.preprocess in ("crop", "none") else config.data.load_size
+        return cls(G_A, G_B, channels_A=A, channels_B=B, device=device, precision=precision, training_size=size)
 
     def styled(self, seed: int) -> Translator:
         """The translator with the random latent codes of a seed, an integer >= 0; a new one's are those of seed 0.
@@ -113,6 +156,7 @@ class Translator:
             channels_B=self.channels_B,
             device=str(self.device),
             precision=self.precision,
+            training_size=self.training_size,
         )
         other._with_codes = self._with_codes
         return other
@@ -128,18 +172,54 @@ class Translator:
 
     @overload
     def translate(
-        self, image: str | Path | Image.Image, direction: str = ..., *, truncate: bool = ..., seed: int | None = ...
+        self,
+        image: str | Path | Image.Image,
+        direction: str = ...,
+        *,
+        truncate: bool = ...,
+        seed: int | None = ...,
+        scale: int | str | None = ...,
+        tile: int | None = ...,
+        max_memory: int | None = ...,
+        progress: Progress | None = ...,
     ) -> Image.Image: ...
     @overload
     def translate(
-        self, image: Pixels, direction: str = ..., *, truncate: bool = ..., seed: int | None = ...
+        self,
+        image: Pixels,
+        direction: str = ...,
+        *,
+        truncate: bool = ...,
+        seed: int | None = ...,
+        scale: int | str | None = ...,
+        tile: int | None = ...,
+        max_memory: int | None = ...,
+        progress: Progress | None = ...,
     ) -> Pixels: ...
     @overload
     def translate(
-        self, image: Tensor, direction: str = ..., *, truncate: bool = ..., seed: int | None = ...
+        self,
+        image: Tensor,
+        direction: str = ...,
+        *,
+        truncate: bool = ...,
+        seed: int | None = ...,
+        scale: int | str | None = ...,
+        tile: int | None = ...,
+        max_memory: int | None = ...,
+        progress: Progress | None = ...,
     ) -> Tensor: ...
     def translate(
-        self, image: PictureLike, direction: str = "AtoB", *, truncate: bool = False, seed: int | None = None
+        self,
+        image: PictureLike,
+        direction: str = "AtoB",
+        *,
+        truncate: bool = False,
+        seed: int | None = None,
+        scale: int | str | None = None,
+        tile: int | None = None,
+        max_memory: int | None = None,
+        progress: Progress | None = None,
     ) -> Any:
         """Translate a whole picture; the result is of the same kind and of exactly the same size.
 
@@ -153,12 +233,20 @@ class Translator:
         (tensors have nothing to cut off). ``seed`` chooses one of the possible translations, where there are many
         (``styled``).
 
-        Raises PhotoError for a file that cannot be used, ValueError for a wrong shape, dtype, mode or direction, and
-        TranslationError when memory runs out (naming the size) or the result is not finite.
+        A picture whose translation does not fit into free memory is computed in bands of rows, with the same result
+        to rounding (``inference.tiles``). ``max_memory``: bytes that the translation may take at its peak, beside what
+        the process held before it; ``tile``: rows of a map in a band, which forces bands. ``progress`` is called after
+        each band with the bands done, all bands, and the share of the work that is done.
+
+        ``scale``: translate at a short side of so many pixels, or ``"train"`` for the pictures' size in training, and
+        return to full size with the picture's own detail (``inference.upsample``); smaller pictures are left as
+        they are. A network knows flowers of the size it was trained on: docs/full_size.md.
+
+        Raises PhotoError for a file that cannot be used, ValueError for a wrong shape, dtype, mode, direction or
+        option, and TranslationError when memory runs out (naming the size) or the result is not finite.
         """
-        if seed is not None:
-            return self.styled(seed).translate(image, direction, truncate=truncate)
-        return self._run(image, direction, 1, truncate)[0]
+        translator = self if seed is None else self.styled(seed)
+        return translator._run(image, direction, 1, truncate, Execution(scale, tile, max_memory, progress))[0]
 
     @overload
     def cycle(self, image: str | Path | Image.Image, direction: str = ...) -> tuple[Image.Image, Image.Image]: ...
@@ -174,7 +262,18 @@ class Translator:
         """
         if self._with_codes is not None:
             raise InputError("generators with latent codes translate one way; there and back needs their encoders too")
-        return self._run(image, direction, 2, truncate=False)
+        return self._run(image, direction, 2, False, Execution())
+
+    def short_side(self, scale: int | str | None) -> int | None:
+        """The short side, in pixels, at which ``scale`` translates; None for full size.
+
+        Raises InputError for ``"train"`` where the training had no size of its own.
+        """
+        if scale != "train":
+            return None if scale is None else int(scale)
+        if self.training_size is None:
+            raise InputError("scale 'train' is not known for these networks: give a number of pixels, such as 286")
+        return self.training_size
 
     def _prepare(self, generator: nn.Module) -> nn.Module:
         generator = generator.eval().requires_grad_(False)
@@ -182,21 +281,23 @@ class Translator:
         moved: nn.Module = generator.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return moved
 
-    def _run(self, image: PictureLike, direction: str, passes: int, truncate: bool) -> tuple[Any, ...]:
+    def _run(
+        self, image: PictureLike, direction: str, passes: int, truncate: bool, execution: Execution
+    ) -> tuple[Any, ...]:
         """The results of one or two passes, each as the kind of picture that came in."""
         channels = self.channels(direction)
+        short_side = self.short_side(execution.scale)
         batch, restore = as_batch(image, channels[0], truncate)
         networks = (self.G_A, self.G_B) if direction == "AtoB" else (self.G_B, self.G_A)
         height, width = batch.shape[2:]
-        self._refuse_too_large(networks[0], batch)
-        try:
-            outputs = self._forward(networks[:passes], batch)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            outputs = []
-        if not outputs:  # raised here, where no traceback keeps the activations alive
-            raise self._too_large(height, width)
+        x, outputs = batch, []
+        for network in networks[:passes]:
+            if short_side is None or short_side >= min(height, width):
+                x = self._full_size(network, x, execution)
+            else:
+                small = shrink(x, small_size(height, width, short_side))
+                x = enlarge(self._full_size(network, small, execution), small, x)
+            outputs.append(x)
         if not all(bool(torch.isfinite(output).all()) for output in outputs):
             raise TranslationError(
                 f"the translation of a {width} x {height} picture is not finite in {self.precision}: "
@@ -204,37 +305,79 @@ class Translator:
             )
         return tuple(restore(output) for output in outputs)
 
+    def _full_size(self, network: nn.Module, batch: Tensor, execution: Execution) -> Tensor:
+        """One network over uint8 or floating-point [N, C, H, W]: float32, whole if that fits and else in bands."""
+        if execution.tile is not None and not can_tile(network):
+            raise InputError(f"tile cannot be used with a {type(network).__name__}: it needs the whole picture at once")
+        limit = self._limit(execution)
+        if execution.tile is None and self._whole_bytes(network, batch) <= limit:
+            try:
+                return self._whole(network, batch)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Here, where no traceback keeps the activations alive.
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            limit = self._limit(execution)
+        height, width = batch.shape[2:]
+        if not can_tile(network):
+            raise self._too_large(height, width, self._whole_bytes(network, batch), limit)
+        plan = self._plan(network, batch, execution, limit)
+        try:
+            with arithmetic(self.precision, self.device):
+                bands = [
+                    translate_tiled(network, picture, plan, device=self.device, progress=execution.progress)
+                    for picture in batch.split(1)
+                ]
+        except OSError as error:
+            raise TranslationError(
+                f"a temporary file in {tempfile.gettempdir()} cannot be used: {error.strerror or error}; name another "
+                "folder by TMPDIR, or allow more memory"
+            ) from error
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            bands = []
+        if not bands:
+            raise self._too_large(height, width, plan.bytes, limit)
+        return bands[0] if len(bands) == 1 else torch.cat(bands)
+
     @torch.inference_mode()
-    def _forward(self, networks: Sequence[nn.Module], batch: Tensor) -> list[Tensor]:
-        """uint8 or floating-point [N, C, H, W] through one network after the other: each output, float32."""
-        x = batch.to(self.device)
-        x = x.float().div_(127.5).sub_(1) if x.dtype == torch.uint8 else x.float()
-        x = x.contiguous(memory_format=torch.channels_last)
-        outputs = []
+    def _whole(self, network: nn.Module, batch: Tensor) -> Tensor:
+        x = as_input(batch, self.device).contiguous(memory_format=torch.channels_last)
         with arithmetic(self.precision, self.device):
-            for network in networks:
-                x = network(x).float()
-                outputs.append(x)
-        return outputs
+            y: Tensor = network(x).float()
+        return y
 
-    def _refuse_too_large(self, network: nn.Module, batch: Tensor) -> None:
-        """Raise before a CPU starts to swap, or the system ends the process, over a picture that cannot fit.
+    def _limit(self, execution: Execution) -> int:
+        """Bytes that a translation may take on the device."""
+        free = available_memory(self.device)
+        free = _UNLIMITED if free is None else int(free * _SHARE_OF_FREE)
+        return free if execution.max_memory is None else execution.max_memory
 
-        The bound is a low one: the first convolution's output and its normalisation, at full resolution.
-        """
-        available = available_memory() if self.device.type == "cpu" else None
-        filters = next((weight.shape[0] for weight in network.parameters() if weight.ndim == 4), 0)
+    def _whole_bytes(self, network: nn.Module, batch: Tensor) -> int:
+        """What a whole picture takes; of unknown networks the least, two maps of the first layer's filters."""
         count, _, height, width = batch.shape
-        needed = 2 * count * filters * height * width * (2 if self.precision == "bf16" else 4)
-        if available is not None and needed > available:
-            raise self._too_large(
-                height, width, f"at least {needed / 1e9:.1f} GB, and {available / 1e9:.1f} GB is free"
-            )
+        if can_tile(network):
+            return count * whole_bytes(network, height, width, self.precision, self.device)
+        element = 2 if self.precision in ("bf16", "fp16") else 4
+        return 2 * count * row_filters(network) * height * width * element
 
-    def _too_large(self, height: int, width: int, why: str = "") -> TranslationError:
+    def _plan(self, network: nn.Module, batch: Tensor, execution: Execution, limit: int) -> Plan:
+        """The fastest way in bands that fits. Raises TranslationError if none does."""
+        host = None if self.device.type == "cpu" else int((available_memory() or _UNLIMITED) * _SHARE_OF_FREE)
+        height, width = batch.shape[2:]
+        plan = plan_tiles(network, height, width, self.precision, limit=limit, host_limit=host, tile=execution.tile)
+        if plan.bytes > limit:
+            raise self._too_large(height, width, plan.bytes, limit)
+        return plan
+
+    def _too_large(self, height: int, width: int, needed: int, limit: int) -> TranslationError:
         return TranslationError(
-            f"not enough memory on {self.device} for a {width} x {height} picture in {self.precision}"
-            f"{': it takes ' + why if why else ''}; shrink the picture or free memory"
+            f"not enough memory on {self.device} for a {width} x {height} picture in {self.precision}: it takes at "
+            f"least {needed / 1e9:.2g} GB, and {limit / 1e9:.2g} GB may be used; shrink the picture (scale), or free "
+            "memory"
         )
 
 

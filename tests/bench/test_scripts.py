@@ -64,6 +64,27 @@ def test_translate(bench: Path, tmp_path: Path) -> None:
     assert "## A translation by ours fp32" in markdown
 
 
+def test_photo_adds_to_what_was_measured(bench: Path, tmp_path: Path) -> None:
+    out, markdown = tmp_path / "photo.json", tmp_path / "photo.md"
+    command = [sys.executable, bench / "photo.py", "--small", "--add", "--sizes", "0.2", "--out", out]
+    for ways in ("whole,bands", "least,scaled"):
+        subprocess.run([*command, "--markdown", markdown, "--ways", ways], check=True, timeout=280)
+    content = json.loads(out.read_text())
+    assert [row["way"] for row in content["rows"]] == ["whole", "bands", "least", "scaled"]
+    assert len(content["runs"]) == 2
+    for row in content["rows"]:
+        assert (row["height"], row["width"]) == (384, 512)
+        assert row["seconds"][0] > 0
+        assert 0 <= row["bytes"] < row["process_bytes"]
+    taken = {row["way"]: row["bytes"] for row in content["rows"]}
+    assert taken["bands"] < taken["whole"]
+    text = markdown.read_text()
+    assert "## 0.2 MP, 512x384" in text
+    assert "| least | fp32 |" in text
+    subprocess.run([*command, "--seconds", "0"], check=True, timeout=280)
+    assert json.loads(out.read_text())["rows"][0]["error"] == "not run: out of time"
+
+
 def test_overhead(bench: Path, tmp_path: Path) -> None:
     out = tmp_path / "overhead.json"
     command = [sys.executable, str(bench / "overhead.py"), "--small", "--out", str(out)]

@@ -108,10 +108,21 @@ def test_bad_files_do_not_stop_the_others(tmp_path: Path) -> None:
 
 def test_a_picture_too_large_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     large, small = picture(tmp_path / "large.png", 40, 40), picture(tmp_path / "small.png", 8, 8)
-    monkeypatch.setattr(translate, "available_memory", lambda: 2 * 4 * 20 * 20 * 4)
+    monkeypatch.setattr(translate, "available_memory", lambda _: 20_000)
     result = run_files([large, small], tmp_path / "out")
     assert names(tmp_path / "out") == ["small.png"]
     assert "40 x 40" in result.failed[0][1]
+
+
+def test_options_of_size_reach_the_translation(tmp_path: Path) -> None:
+    source = picture(tmp_path / "a.png", 40, 24)
+    pixels = np.asarray(Image.open(source))
+    for name, options in {"scale": {"scale": 12}, "tile": {"tile": 3}, "memory": {"max_memory": 70_000}}.items():
+        assert run_files([source], tmp_path / name, **options).failed == []
+        written = np.asarray(Image.open(tmp_path / name / "a.png"))
+        np.testing.assert_array_equal(written, translator().translate(pixels, **options))
+    too_little = run_files([source], tmp_path / "none", max_memory=1000)
+    assert "not enough memory" in too_little.failed[0][1]
 
 
 def test_folders_keep_their_sub_folders_and_hidden_ones_are_left_out(tmp_path: Path) -> None:

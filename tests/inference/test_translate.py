@@ -13,6 +13,7 @@ from tiny_models import make_generators, noise, save_run, translator
 from cyclegan_fast.data.photo import PhotoError
 from cyclegan_fast.errors import InputError
 from cyclegan_fast.inference import translate as module
+from cyclegan_fast.inference.tiles import plan_tiles, whole_bytes
 from cyclegan_fast.inference.translate import TranslationError, Translator, load
 from cyclegan_fast.training.checkpoint import CheckpointError, step_path, write_checkpoint
 
@@ -189,15 +190,20 @@ def test_a_result_that_is_not_finite_is_an_error() -> None:
     [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory: you tried")],
     ids=lambda error: type(error).__name__,
 )
-def test_out_of_memory_names_the_size(error: Exception) -> None:
-    model = translator()
+def test_out_of_memory_falls_back_to_bands_and_then_names_the_size(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, pixels = translator(), noise(8, 16)
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
+    wanted = model.translate(pixels)
     model.G_A.register_forward_pre_hook(fail)
+    assert np.abs(model.translate(pixels).astype(int) - wanted).max() <= 1
+    monkeypatch.setattr(module, "translate_tiled", fail)
     with pytest.raises(TranslationError, match="not enough memory on cpu for a 16 x 8 picture in fp32"):
-        model.translate(noise(8, 16))
+        model.translate(pixels)
 
 
 def test_other_errors_of_the_network_are_not_taken_for_a_lack_of_memory() -> None:
@@ -207,15 +213,63 @@ def test_other_errors_of_the_network_are_not_taken_for_a_lack_of_memory() -> Non
         model.translate(noise(8, 16))
 
 
-def test_a_picture_that_cannot_fit_is_refused_before_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_that_does_not_fit_takes_bands_or_is_refused_before_it_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = translator()
-    needed = 2 * 4 * 8 * 16 * 4  # two full-size maps of 4 filters, 8 x 16, float32
-    monkeypatch.setattr(module, "available_memory", lambda: needed)
-    model.translate(noise(8, 16))
-    monkeypatch.setattr(module, "available_memory", lambda: needed - 1)
-    model.G_A.register_forward_pre_hook(lambda *_: pytest.fail("the network ran"))
-    with pytest.raises(TranslationError, match="16 x 8 picture in fp32: it takes at least"):
-        model.translate(noise(8, 16))
+    whole = whole_bytes(model.G_A, 64, 16, "fp32", model.device)
+    bands = plan_tiles(model.G_A, 64, 16, "fp32", limit=0).bytes
+    assert bands < whole
+    pixels, wanted = noise(64, 16), model.translate(noise(64, 16))
+    monkeypatch.setattr(module, "available_memory", lambda _: int(whole / 0.85) + 1)
+    np.testing.assert_array_equal(model.translate(pixels), wanted)
+    model.G_A.register_forward_pre_hook(lambda *_: pytest.fail("the network ran whole"))
+    monkeypatch.setattr(module, "available_memory", lambda _: int(whole / 0.85) - 1)
+    assert np.abs(model.translate(pixels).astype(int) - wanted).max() <= 1
+    monkeypatch.setattr(module, "available_memory", lambda _: int(bands / 0.85) - 1)
+    with pytest.raises(TranslationError, match=r"16 x 64 picture in fp32: it takes at least .* may be used"):
+        model.translate(pixels)
+    assert np.abs(model.translate(pixels, max_memory=bands).astype(int) - wanted).max() <= 1
+
+
+def test_networks_that_cannot_be_cut_run_whole_or_not_at_all() -> None:
+    other = torch.nn.Sequential(torch.nn.Conv2d(3, 3, 3, padding=1), torch.nn.Tanh())
+    model = Translator(other, other, device="cpu", precision="fp32")
+    assert model.translate(noise(8, 16)).shape == (8, 16, 3)
+    with pytest.raises(InputError, match="tile cannot be used with a Sequential"):
+        model.translate(noise(8, 16), tile=4)
+    with pytest.raises(TranslationError, match="not enough memory"):
+        model.translate(noise(8, 16), max_memory=3000)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scale": 4}, "scale = 4 is not allowed: an integer >= 8"),
+        ({"scale": "tiny"}, "scale = 'tiny' is not allowed"),
+        ({"scale": "train"}, "scale 'train' is not known for these networks"),
+        ({"tile": 0}, "tile = 0 is not allowed"),
+        ({"max_memory": 0}, "max_memory = 0 is not allowed"),
+    ],
+    ids=str,
+)
+def test_options_that_are_not_allowed_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        translator().translate(noise(16, 16), **options)
+
+
+def test_scale_translates_small_and_returns_to_full_size(tmp_path: Path) -> None:
+    model = load(save_run(tmp_path / "run"), device="cpu", precision="fp32")
+    assert model.short_side("train") == model.training_size == 286
+    model.training_size = 16
+    pixels, seen = noise(40, 64), []
+    model.G_A.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[2:])))
+    result = model.translate(pixels, scale="train")
+    assert seen == [(16, 26)]
+    assert result.shape == pixels.shape
+    np.testing.assert_array_equal(result, model.translate(pixels, scale=16))
+    np.testing.assert_array_equal(model.translate(pixels, scale=40), model.translate(pixels))
+    assert seen[-1] == (40, 64)  # no smaller than asked for: as it is
 
 
 def test_load_takes_runs_and_files(tmp_path: Path) -> None:
