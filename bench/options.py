@@ -245,7 +245,7 @@ def main() -> None:
     write(arguments.markdown, text)
     write(arguments.out, json.dumps({"provenance": facts, "inputs": inputs, "runs": runs}, indent=1) + "\n")
     if arguments.figure:
-        figure(experiment).save(arguments.figure, quality=85)
+        figure(experiment).save(arguments.figure, quality=40)
 
 
 if __name__ == "__main__":
