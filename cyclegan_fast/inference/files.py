@@ -136,9 +136,9 @@ def translate_files(
     ``out_dir`` cannot be created.
     """
     translator.channels(direction)
+    execution = Execution(scale, tile, max_memory)
     translator.short_side(scale)
     _check_options(inputs, suffix, format)
-    execution = Execution(scale, tile, max_memory)
     output = Output(quality, chroma, lossless, depth, profile, gray, keep_times)
     out = Path(out_dir)
     try:

@@ -96,7 +96,7 @@ def can_tile(generator: nn.Module) -> bool:
 
 
 def whole_bytes(generator: nn.Module, height: int, width: int, precision: str, device: torch.device) -> int:
-    """Estimated peak memory of the generator over one whole picture, without weights and input; by measurement.
+    """Estimated peak memory of a translation of one whole picture, without weights; by measurement.
 
     At the last norm three maps of ngf channels at full size, or what takes as much, are there: its input, its result,
     and what they came from. The reference computes norms in float32 under autocast too.
@@ -108,7 +108,9 @@ def whole_bytes(generator: nn.Module, height: int, width: int, precision: str, d
         impl = getattr(generator, "impl", "reference")
         fused = impl == "fused" or (impl == "auto" and runs_kernels(device, reduced))
         maps = 3 * 2 if fused else 3 * 4 + 2
-    return height * width * (row_filters(generator) * maps + 4 * 4)
+    return (
+        height * width * (row_filters(generator) * maps + 64)
+    )  # and the picture and its result, in float32 and 8 bits
 
 
 def plan_tiles(
