@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_translate(commands)
     _add_figures(commands)
     _add_data(commands)
+    _add_export(commands)
     _add_weights(commands)
     _add_demo(commands)
     doctor = commands.add_parser("doctor", help="say what this machine and this installation can do")
@@ -217,6 +218,28 @@ def _add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     scan.add_argument("root", metavar="DIR", help="folder that holds trainA and trainB")
     scan.add_argument("--full", action="store_true", help="decode every picture, not only its header")
     scan.set_defaults(run=_data_scan)
+
+
+def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    export = commands.add_parser(
+        "export",
+        help="write a generator as a file that runs without this package",
+        description="Write one direction's generator as ONNX or as a torch.export program, for any picture size, and "
+        "compare the file with the model.",
+    )
+    export.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder or checkpoint file")
+    export.add_argument("-o", "--out", required=True, metavar="FILE", help="file to write, *.onnx or *.pt2")
+    export.add_argument("--format", choices=("onnx", "pt2"), help="default: the file's suffix")
+    export.add_argument("--direction", choices=("AtoB", "BtoA"), default="AtoB")
+    export.add_argument("--precision", choices=("fp32", "fp16"), default="fp32", help="of weights and convolutions")
+    export.add_argument("--uint8", action="store_true", help="uint8 [N, H, W, C] in and out, not float [N, C, H, W]")
+    export.add_argument("--which", default="latest", help="checkpoint of a run: latest, best or epoch-N")
+    export.add_argument(
+        "--check",
+        action=argparse.BooleanOptionalAction,
+        help="run the file and compare its results with the model's (default: if what runs it is installed)",
+    )
+    export.set_defaults(run=_export)
 
 
 def _add_weights(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -447,6 +470,27 @@ def _data_scan(arguments: argparse.Namespace) -> int:
     scans = scan_dataset(Path(arguments.root), unreadable="skip", full=arguments.full, progress=True)
     print(report(scans))
     return 1 if any(scan.bad for scan in scans.values()) else 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from cyclegan_fast.inference.export import export
+    from cyclegan_fast.inference.translate import load
+
+    exported = export(
+        load(arguments.checkpoint, which=arguments.which, device="cpu", precision="fp32"),
+        arguments.out,
+        direction=arguments.direction,
+        format=arguments.format,
+        precision=arguments.precision,
+        uint8=arguments.uint8,
+        check=arguments.check,
+        source=Path(arguments.checkpoint).resolve().name,
+    )
+    print(f"{exported.path}: {exported.size / 1e6:.1f} MB")
+    unit = "levels of 255" if arguments.uint8 else "of [-1, 1]"
+    for (batch, height, width), error in exported.errors.items():
+        print(f"  {batch} x {width} x {height}: differs from the model by at most {error:.2g} {unit}")
+    return 0
 
 
 def _weights_import(arguments: argparse.Namespace) -> int:

@@ -64,6 +64,7 @@ ALLOWED = {
         *("data.loader", "distributed"),
         *(f"training.{name}" for name in ("checkpoint", "experiment", "monitor", "state")),
     },
+    "inference.export": {"atomic", "errors", "inference", "models", "version"},
     "inference.tiles": {"device", "errors", "models.reference", "ops", "progress"},
     "inference": {
         *("atomic", "config", "data", "device", "errors", "inference", "machine", "models", "tensor_file"),
