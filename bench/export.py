@@ -44,8 +44,8 @@ def main() -> None:
     lines = [
         f"{_EXPLANATION} {task}",
         "",
-        "| what | MB | ms | of the fastest round | largest error |",
-        "|---|---|---|---|---|",
+        "| what | MB | ms | of the fastest round | CPU ms | largest error |",
+        "|---|---|---|---|---|---|",
     ]
     for row in rows:
         cells = (

@@ -108,3 +108,19 @@ def test_ddp(bench: Path, tmp_path: Path) -> None:
     assert {"no reduction", "one flat sum", "buckets, 25 MB", "buckets, 25 MB, bf16", "DDP"} <= names
     assert "| one flat sum |" in markdown
     assert "buckets, 25 MB: " in said
+
+
+def test_export(bench: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    out, markdown = tmp_path / "out.json", tmp_path / "out.md"
+    options = ("--ngf", "4", "--side", "32", "--rounds", "2", "--out", str(out), "--markdown", str(markdown))
+    subprocess.run([sys.executable, str(bench / "export.py"), *options], capture_output=True, check=True, timeout=200)
+    rows = {row["name"]: row for row in json.loads(out.read_text())["rows"]}
+    assert {"ONNX Runtime, fp32", "ONNX Runtime, fp16", "torch.export program, fp32"} < set(rows)
+    for row in rows.values():
+        assert len(row["seconds"]) == 2
+        assert row["ms"] > 0
+    header, rule, *lines = [line for line in markdown.read_text().splitlines() if line.startswith("|")]
+    assert len(lines) == len(rows)
+    assert {line.count("|") for line in (header, rule, *lines)} == {7}

@@ -505,9 +505,12 @@ class TestOpenTrainingData:
             synthetic_test=2,
             synthetic_size=32,
             synthetic_seed=5,
+            synthetic_styles=2,
+            pairing="aligned",
         )
         data = open_training_data(config, rank=0, world_size=1, device=CPU, progress=False)
-        settings = {"train": 3, "test": 2, "size": 32, "seed": 5, "workers": 1, "progress": False}
+        settings = {"train": 3, "test": 2, "size": 32, "seed": 5, "aligned": True, "styles": 2}
+        settings |= {"workers": 1, "progress": False}
         assert calls == [(tmp_path / "new", settings)]
         assert data.loader.length == 3
 

@@ -292,11 +292,11 @@ def test_nothing_is_left_of_a_failed_build(
 ) -> None:
     render, calls = synthetic._render_job, []
 
-    def fail_at_third(folder: str, seed: int, size: int, job: tuple[str, int]) -> None:
+    def fail_at_third(folder: str, parameters: object, job: tuple[str, int]) -> None:
         calls.append(job)
         if len(calls) == 3:
             raise error
-        render(folder, seed, size, job)
+        render(folder, parameters, job)
 
     monkeypatch.setattr(synthetic, "_render_job", fail_at_third)
     expected = DataError if isinstance(error, OSError) else KeyboardInterrupt

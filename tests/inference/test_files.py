@@ -117,7 +117,7 @@ def test_a_picture_too_large_does_not_stop_the_others(tmp_path: Path, monkeypatc
 def test_options_of_size_reach_the_translation(tmp_path: Path) -> None:
     source = picture(tmp_path / "a.png", 40, 24)
     pixels = np.asarray(Image.open(source))
-    for name, options in {"scale": {"scale": 12}, "tile": {"tile": 3}, "memory": {"max_memory": 70_000}}.items():
+    for name, options in {"scale": {"scale": 12}, "tile": {"tile": 3}, "memory": {"max_memory": 100_000}}.items():
         assert run_files([source], tmp_path / name, **options).failed == []
         written = np.asarray(Image.open(tmp_path / name / "a.png"))
         np.testing.assert_array_equal(written, translator().translate(pixels, **options))
