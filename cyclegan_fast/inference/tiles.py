@@ -336,7 +336,7 @@ class _Picture(_Rows):
 def _extended(size: int) -> Tensor:
     """Which of `size` positions stands at each position of the extended side."""
     positions = torch.arange(size, dtype=torch.float64)[None, None, None]
-    return reference._extend(positions, dim=3).flatten().long()  # the one definition, private as it is
+    return reference.extend(positions, dim=3).flatten().long()
 
 
 class _Stored(_Rows):

@@ -295,7 +295,7 @@ class ResnetGenerator(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         _check_input(x, self.in_channels, "ResnetGenerator")
         height, width = x.shape[2], x.shape[3]
-        extended = _extend(_extend(x, dim=2), dim=3)
+        extended = extend(extend(x, dim=2), dim=3)
         y = self._layers(extended)
         if extended is x:
             return y
@@ -456,10 +456,14 @@ def _normalise_weights(network: nn.Module) -> None:
             parametrize.register_parametrization(module, "weight", SpectralNorm(module.weight))
 
 
-def _extend(x: Tensor, dim: int) -> Tensor:
-    """x, or x extended at the end of spatial dimension `dim` (2 or 3) to a size the generator can take."""
+def extend(x: Tensor, dim: int, multiple: int = _SIDE_MULTIPLE, minimum: int = _SIDE_MINIMUM) -> Tensor:
+    """x, or x extended at the end of spatial dimension `dim` (2 or 3) to a multiple and a minimum of positions.
+
+    By reflection where the picture is large enough for it, else by repeating its border. The defaults are what a
+    ResnetGenerator needs.
+    """
     size = x.shape[dim]
-    missing = max(-(-size // _SIDE_MULTIPLE) * _SIDE_MULTIPLE, _SIDE_MINIMUM) - size
+    missing = max(-(-size // multiple) * multiple, minimum) - size
     if missing == 0:
         return x
     padding = (0, 0, 0, missing) if dim == 2 else (0, missing, 0, 0)

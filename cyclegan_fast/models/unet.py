@@ -14,16 +14,9 @@ a relu follows, and the relu of both is the same. Here it saves a tensor.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cyclegan_fast.models.reference import (
-    InstanceNorm,
-    ReflectionPad2d,
-    _check_input,
-    _check_positive,
-    _initialise,
-)
+from cyclegan_fast.models.reference import InstanceNorm, _check_input, _check_positive, _initialise, extend
 
 __all__ = ["UnetGenerator"]
 
@@ -72,7 +65,7 @@ class UnetGenerator(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         _check_input(x, self.in_channels, "UnetGenerator")
         height, width = x.shape[2], x.shape[3]
-        extended = _extended(_extended(x, 2, self.multiple), 3, self.multiple)
+        extended = extend(extend(x, 2, self.multiple, 0), 3, self.multiple, 0)
         y: Tensor = self.model(extended)
         return y if extended is x else y[:, :, :height, :width]
 
@@ -123,16 +116,3 @@ class _Level(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([x, self.model(x)], dim=1)
-
-
-def _extended(x: Tensor, dim: int, multiple: int) -> Tensor:
-    """x, or x extended at the end of spatial dimension `dim` (2 or 3) to a multiple."""
-    size = x.shape[dim]
-    missing = -size % multiple
-    if missing == 0:
-        return x
-    padding = (0, 0, 0, missing) if dim == 2 else (0, missing, 0, 0)
-    if missing < size:
-        reflected: Tensor = ReflectionPad2d(padding)(x)
-        return reflected
-    return F.pad(x, padding, mode="replicate")
