@@ -432,7 +432,8 @@ def test_a_full_disk_ends_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 INTERRUPTED = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell begins with it ignored
 sys.path.insert(0, {tests!r})
 from test_photographs import identity, translate_files
 model = identity()
@@ -455,14 +456,13 @@ def test_ctrl_c_leaves_whole_files_only(tmp_path: Path) -> None:
         (folder / f"{index:02}.png").write_bytes(png(np.random.default_rng(index).integers(0, 9999, (400, 300, 3)), 2))
     code = INTERRUPTED.format(tests=str(Path(__file__).parent), folder=str(folder), out=str(out))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path])}
-    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
-    while not list(out.glob("*.png")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 130, process.stderr.read() if process.stderr else ""
-    if process.stderr:
-        process.stderr.close()
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 60
+        while not list(out.glob("*.png")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=30)[1]
+    assert process.returncode == 130, said
     written = list(out.iterdir())
     assert 0 < len(written) < 60
     for path in written:
