@@ -278,6 +278,14 @@ class TrainingConfig:
         low=0,
         high=0.999999,
     )
+    patience: int = _option(
+        0,
+        "end the run when so many measurements in a row (monitor.metrics_every, or with each checkpoint) have not "
+        "improved on the best of checkpoint.best: it ends as a complete one does, and goes on when it is resumed with "
+        "a larger patience, or 0. 0: never",
+        low=0,
+        high=10**9,
+    )
     pool_size: int = _option(
         50, "generated pictures kept a domain for the discriminators; 0: none", low=0, high=1_000_000
     )
@@ -360,10 +368,11 @@ class CheckpointConfig:
     milestones: tuple[int, ...] = _option((), "epochs whose checkpoint is kept for good")
     best: str = _option(
         "cycle",
-        "measure by which a `best` checkpoint is kept, on the fixed test samples: `cycle` (L1 of A -> B -> A and "
+        "measure by which a `best` checkpoint is kept, on fixed test pictures: `cycle` (L1 of A -> B -> A and "
         "B -> A -> B; with pix2pix, which has no cycle, L1 from the true picture), `generator` (the generators' whole "
-        "loss), or `none`",
-        choices=("cycle", "generator", "none"),
+        "loss), `swd` (sliced Wasserstein distance from the real pictures), `psnr` or `ssim` (from the truth, where it "
+        "is known), the last three as means of the directions, or `none`",
+        choices=("cycle", "generator", "swd", "psnr", "ssim", "none"),
     )
 
 
@@ -375,7 +384,24 @@ class MonitorConfig:
         50, "steps between readings of the losses, which synchronise host and device", low=1, high=50_000
     )
     images_every: float = _option(1.0, "epochs between image grids (fractions too); 0: none", low=0)
-    samples: int = _option(4, "fixed test pictures a domain in the grids and the `best` measure, count", low=1, high=64)
+    samples: int = _option(
+        4, "fixed test pictures a domain in the grids and the measures `cycle` and `generator`, count", low=1, high=64
+    )
+    metrics_every: int = _option(
+        0,
+        "steps between measurements of the fixed test pictures, of which a new best is saved at once. They come with "
+        "each checkpoint by epochs, by milestones and at the end in any case; 0: only then",
+        low=0,
+        high=10**9,
+    )
+    metrics_samples: int = _option(
+        32,
+        "fixed test pictures a domain (of training, without test folders) whose translations are measured: SWD from "
+        "the real pictures, and PSNR and SSIM where the truth is known (aligned pairs; folders truthB, with pictures "
+        "named as in testA, and truthA), count; 0: none",
+        low=0,
+        high=4096,
+    )
     tensorboard: bool = _option(True, "write TensorBoard events beside the JSON lines")
     progress: bool = _option(True, "show a progress bar")
 
@@ -695,6 +721,7 @@ def _check_together(config: Config) -> None:
             "accumulation follows from the global batch, leave it at 1"
         )
     _check_method(config)
+    _check_measures(config)
     if model.method == "cyclegan" and config.loss.identity > 0 and model.channels_A != model.channels_B:
         raise ConfigError(
             f"loss.identity = {config.loss.identity} needs equal channels, but model.channels_A = {model.channels_A} "
@@ -706,6 +733,20 @@ def _check_together(config: Config) -> None:
         raise ConfigError(f"name = {config.name!r} is not allowed: one folder name, without `/` or `..`")
     if any(epoch < 1 for epoch in config.checkpoint.milestones):
         raise ConfigError(f"checkpoint.milestones = {list(config.checkpoint.milestones)}: epochs count from 1")
+
+
+def _check_measures(config: Config) -> None:
+    """Refuse a best and an end by what is never measured."""
+    best, patience, monitor = config.checkpoint.best, config.training.patience, config.monitor
+    if best in ("swd", "psnr", "ssim") and not monitor.metrics_samples:
+        raise ConfigError(f"checkpoint.best = {best!r} needs pictures to measure: set monitor.metrics_samples above 0")
+    if patience and best == "none":
+        raise ConfigError(f"training.patience = {patience} needs a measure that improves: set checkpoint.best")
+    if patience and not (monitor.metrics_every or config.checkpoint.every_epochs or config.checkpoint.milestones):
+        raise ConfigError(
+            f"training.patience = {patience} counts measurements, of which there are none before the end: set "
+            "monitor.metrics_every or checkpoint.every_epochs"
+        )
 
 
 def _check_generator(config: Config) -> None:

@@ -32,7 +32,7 @@ __all__ = [
         "local_rank",
         "local_world_size",
     ),
-    *("main_first", "rank", "shutdown", "world_size"),
+    *("main_first", "rank", "shutdown", "told", "world_size"),
 ]
 
 # Processes of one start come within minutes of one another; Python and torch may have to be read over a network.
@@ -198,6 +198,16 @@ def any_rank(flag: bool) -> bool:
     with collective("agreement"):
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value)
+
+
+def told(value: float) -> float:
+    """The number that rank 0 gives, on every rank; every rank must call."""
+    if world_size() == 1:
+        return value
+    number = torch.tensor(value, dtype=torch.float64)
+    with collective("word of rank 0"):
+        dist.broadcast(number, src=0)
+    return float(number)
 
 
 class StopVote:

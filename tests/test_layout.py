@@ -44,6 +44,10 @@ ALLOWED = {
     "training.cyclegan": {"training.losses", "training.step"},
     "training.pix2pix": {"training.losses", "training.step"},
     "training.augmented": {"training.losses", "training.pix2pix", "training.step"},
+    "training.best": {"config"},
+    "training.measures": {
+        *("config", "data.fixed", "data.folder", "evaluation.metrics", "training.best", "training.samples"),
+    },
     "training.checkpoint": {"atomic", "errors", "tensor_file"},
     "training.lock": {"errors"},
     "training.monitor": {"atomic", "models.cost", "progress", "roofline"},
@@ -82,8 +86,11 @@ ALLOWED = {
     "training.trainer": {
         *("config", "data.loader", "device", "distributed", "errors", "evaluation.figures", "models", "version"),
         "inference.weights",  # a run that starts from weights of others
-        *(f"training.{name}" for name in ("build", "checkpoint", "elastic", "ema", "experiment", "graph", "health")),
-        *(f"training.{name}" for name in ("image_pool", "monitor", "process", "replicas", "run_folder")),
+        *(f"training.{name}" for name in ("best", "build", "checkpoint", "elastic", "ema", "experiment", "graph")),
+        *(
+            f"training.{name}"
+            for name in ("health", "image_pool", "measures", "monitor", "process", "replicas", "run_folder")
+        ),
         *("roofline", "training.latents", "training.schedule", "training.state", "training.step"),
     },
 }

@@ -7,7 +7,7 @@ import functools
 import logging
 import queue
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -20,12 +20,12 @@ from torch import Tensor
 from cyclegan_fast import distributed
 from cyclegan_fast.config import Config
 from cyclegan_fast.data import sampler, synthetic
-from cyclegan_fast.data.folder import DataError, Entry, Scan, align, scan_dataset, scan_side_by_side, stem, subset
-from cyclegan_fast.data.photo import PhotoError, open_photo
+from cyclegan_fast.data.fixed import load_shown, used
+from cyclegan_fast.data.folder import DataError, Scan, align, scan_dataset, scan_side_by_side, stem
 from cyclegan_fast.data.store import Preprocess, Store, default_cache, open_store
 from cyclegan_fast.ops.crop_flip import crop_flip
 
-__all__ = ["Batch", "PairLoader", "Plan", "TrainingData", "Windows", "load_samples", "open_training_data"]
+__all__ = ["Batch", "PairLoader", "Plan", "TrainingData", "Windows", "open_training_data"]
 
 Int64Array = npt.NDArray[np.int64]
 UInt8Array = npt.NDArray[np.uint8]
@@ -301,40 +301,6 @@ class PairLoader:
         return Batch(reals[0], reals[1], plan.A.index, plan.B.index, plan.epoch)
 
 
-def load_samples(
-    entries: Sequence[Entry], preprocess: Preprocess, count: int, unreadable: str = "refuse"
-) -> list[Tensor]:
-    """Fixed samples, float32 [1, C, h, w] each in [-1, 1] and channels_last on the CPU, evenly spaced over the entries.
-
-    They are preprocessed as for training, but cropped at the centre and never mirrored. Fewer than `count` if there
-    are not as many pictures. With unreadable `skip` another picture takes the place of one that cannot be decoded;
-    with `refuse` DataError is raised, as it is for a picture smaller than the crop.
-    """
-    (samples,) = _load_samples([(entries, preprocess)], count, unreadable)
-    return samples
-
-
-def _load_samples(
-    domains: Sequence[tuple[Sequence[Entry], Preprocess]], count: int, unreadable: str
-) -> list[list[Tensor]]:
-    """The samples of several domains, the i-th of each from one place: equally many, as `load_samples` has them."""
-    length = len(domains[0][0])
-    count = min(count, length)
-    chosen = np.linspace(0, length - 1, count).round().astype(int).tolist()
-    candidates = [*chosen, *sorted(set(range(length)) - set(chosen))]
-    samples: dict[int, list[Tensor]] = {}
-    for i in candidates:
-        if len(samples) == count:
-            break
-        try:
-            samples[i] = [_load_sample(entries[i].path, preprocess) for entries, preprocess in domains]
-        except PhotoError as error:
-            if unreadable == "refuse":
-                raise DataError(f"a sample picture cannot be used: {error}") from error
-            _log.warning("a sample picture is left out: %s", error)
-    return [[samples[i][domain] for i in sorted(samples)] for domain in range(len(domains))]
-
-
 def open_training_data(
     config: Config, *, rank: int, world_size: int, device: torch.device | str, progress: bool
 ) -> TrainingData:
@@ -356,12 +322,7 @@ def _open_training_data(
     preprocess_B = Preprocess.from_config(data, config.model.channels_B, "B")
     store_A = _open_domain("A", preprocess_A, scans, config, progress)
     store_B = _open_domain("B", preprocess_B, scans, config, progress)
-    shown = [_sample_entries(domain, scans, config) for domain in "AB"]
-    domains = list(zip(shown, (preprocess_A, preprocess_B), strict=True))
-    if data.pairing == "aligned":
-        samples_A, samples_B = _load_samples(domains, config.monitor.samples, data.unreadable)
-    else:
-        samples_A, samples_B = (load_samples(*each, config.monitor.samples, data.unreadable) for each in domains)
+    samples_A, samples_B = load_shown(config, scans)
     loader = PairLoader(
         store_A,
         store_B,
@@ -384,7 +345,7 @@ def _open_domain(domain: str, preprocess: Preprocess, scans: dict[str, Scan], co
     """The training store of one domain."""
     data = config.data
     return open_store(
-        _subset(f"train{domain}", data.limit_train, scans, config),
+        used(f"train{domain}", scans, config),
         preprocess,
         cache=Path(data.cache) if data.cache else default_cache(),
         split=f"train{domain}",
@@ -392,22 +353,6 @@ def _open_domain(domain: str, preprocess: Preprocess, scans: dict[str, Scan], co
         workers=data.workers,
         progress=progress,
     )
-
-
-def _sample_entries(domain: str, scans: dict[str, Scan], config: Config) -> tuple[Entry, ...]:
-    """The pictures that samples are taken from: the test split, or the training pictures where there is none."""
-    if f"test{domain}" in scans:
-        return _subset(f"test{domain}", config.data.limit_test, scans, config)
-    return _subset(f"train{domain}", config.data.limit_train, scans, config)
-
-
-def _subset(split: str, limit: int | None, scans: dict[str, Scan], config: Config) -> tuple[Entry, ...]:
-    """The pictures of a split that are used; of aligned ones, the partners of those of A."""
-    if config.data.pairing != "aligned":
-        return subset(scans[split].entries, limit, config.seed, split[-1])
-    of_A = scans[f"{split[:-1]}A"].entries
-    chosen = set(subset(of_A, limit, config.seed, "A"))
-    return tuple(own for own, A in zip(scans[split].entries, of_A, strict=True) if A in chosen)
 
 
 def _scan(config: Config, progress: bool) -> dict[str, Scan]:
@@ -428,19 +373,6 @@ def _scan(config: Config, progress: bool) -> dict[str, Scan]:
         return scan_side_by_side(Path(data.root), unreadable=data.unreadable, progress=progress)
     scans = scan_dataset(Path(data.root), unreadable=data.unreadable, progress=progress)
     return align(scans, data.unreadable) if data.pairing == "aligned" else scans
-
-
-def _load_sample(path: Path, preprocess: Preprocess) -> Tensor:
-    pixels = preprocess.apply(open_photo(path, channels=preprocess.channels).image)
-    height, width, _ = pixels.shape
-    h, w = (height, width) if preprocess.crop is None else (preprocess.crop, preprocess.crop)
-    if min(height - h, width - w) < 0:
-        raise DataError(
-            f"{path}: {width} x {height} pixels is too small for a crop of {w} x {h}: lower data.crop_size, or choose "
-            "data.preprocess=resize_and_crop, which enlarges it"
-        )
-    index, y, x = (torch.tensor([value]) for value in (0, (height - h) // 2, (width - w) // 2))
-    return crop_flip(torch.from_numpy(pixels.copy())[None], index, y, x, torch.tensor([False]), (h, w))
 
 
 def _with_index(device: torch.device) -> torch.device:

@@ -14,7 +14,7 @@ In a run's folder::
 
     checkpoints/step-00001200.ckpt     the latest `checkpoint.keep` of these are kept
     checkpoints/epoch-0010.ckpt        the epochs of `checkpoint.milestones`, for good
-    checkpoints/best.ckpt              the lowest `checkpoint.best` measure so far
+    checkpoints/best.ckpt              the best by the `checkpoint.best` measure so far
 """
 
 from __future__ import annotations
@@ -358,6 +358,8 @@ _PARTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "position": (_is_position, "a position: step >= 0, steps_per_epoch and pairs_per_step >= 1, all integers"),
     "best": (_is_number, "a number"),
     "best_step": (lambda value: _is_number(value, 0, int), "a step"),
+    "best_measure": (lambda value: isinstance(value, str), "the name of a measure"),
+    "since_best": (lambda value: _is_number(value, 0, int), "a number of measurements"),
     "history": (_is_history, "names and as many scalars a step"),
     "data": (_is_digest, "count_A, count_B and names of the pictures, and as many hashes of their files"),
     "provenance": (_is_settings, "a dictionary of words by name"),

@@ -29,7 +29,7 @@ _FREE: tuple[str, ...] = (
     "monitor.",
     "model.init_from",
     *(f"training.{name}" for name in ("epochs", "steps", "batch", "accumulate", "precision", "channels_last")),
-    *(f"training.{name}" for name in ("global_batch", "timeout", "ema")),
+    *(f"training.{name}" for name in ("global_batch", "timeout", "ema", "patience")),
     *(f"training.{name}" for name in ("mode", "impl", "recompute", "streams", "deterministic", "device", "threads")),
     "training.compile",  # of checkpoints before there was training.mode
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import combinations
+from itertools import combinations, groupby
 from typing import Generic, TypeVar
 
 import torch
@@ -24,6 +24,7 @@ __all__ = ["AugmentedSamples", "BaseSamples", "PairSamples", "Samples"]
 State = TypeVar("State", bound=TrainState)
 _STYLES = 4  # random codes that a sample is translated with
 _STYLE_SEED = 0
+_AT_ONCE = 8  # pictures translated as one batch: what one of them keeps for a backward pass takes more memory
 
 
 class BaseSamples(ABC, Generic[State]):
@@ -39,6 +40,11 @@ class BaseSamples(ABC, Generic[State]):
     ) -> None:
         self.real_A, self.real_B, self.modules, self.state = real_A, real_B, modules, state
 
+    @property
+    def directions(self) -> tuple[str, ...]:
+        """The directions that are learned."""
+        return "AtoB", "BtoA"
+
     @abstractmethod
     def columns(self) -> dict[str, Sequence[str]]:
         """Of each grid by name: which pictures of a sample it shows, in order."""
@@ -51,11 +57,31 @@ class BaseSamples(ABC, Generic[State]):
     def measured(self, sample: Mapping[str, Tensor]) -> dict[str, float]:
         """The measures of one sample."""
 
+    @abstractmethod
+    def translation(self, direction: str, real: Tensor, index: int) -> Tensor:
+        """Of a batch [N, C, h, w], the pictures `index` and after, as the direction has it."""
+
+    @property
+    def _device(self) -> torch.device:
+        return next(next(iter(self.modules.values())).parameters()).device
+
+    @torch.no_grad()
+    def generated(self, direction: str, pictures: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Translations of pictures [1, C, h, w] in their order, as batches [n, C, h, w] of one size, float32."""
+        with _evaluating(self.modules):
+            first = 0
+            for _, alike in groupby(enumerate(pictures), key=lambda item: (item[0] // _AT_ONCE, item[1].shape)):
+                real = torch.cat([picture for _, picture in alike]).to(self._device)
+                with self.state.casting(real):
+                    made = self.translation(direction, real, first)
+                first += len(real)
+                yield made.float()
+
     @torch.no_grad()
     def translate(self) -> Iterator[dict[str, Tensor]]:
         """All pictures of each sample by name, float32."""
         with _evaluating(self.modules):
-            device = next(next(iter(self.modules.values())).parameters()).device
+            device = self._device
             for index, (real_A, real_B) in enumerate(zip(self.real_A, self.real_B, strict=True)):
                 real_A, real_B = real_A.to(device), real_B.to(device)
                 with self.state.casting(real_A):
@@ -100,6 +126,11 @@ class Samples(BaseSamples[CycleGANState]):
             pictures |= {"idt_A": G_A(real_B), "idt_B": G_B(real_A)}
         return pictures
 
+    def translation(self, direction: str, real: Tensor, index: int) -> Tensor:  # noqa: ARG002
+        """By G_A or G_B."""
+        made: Tensor = self.modules["G_A" if direction == "AtoB" else "G_B"](real)
+        return made
+
     def measured(self, sample: Mapping[str, Tensor]) -> dict[str, float]:
         """``test_cycle``, the mean L1 of both cycles in [0, 2], and ``test_generator``, the generators' whole loss."""
         objective = self.state.objective
@@ -118,6 +149,11 @@ class PairSamples(BaseSamples[Pix2PixState]):
 
     best: Mapping[str, str] = {"cycle": "test_l1", "generator": "test_generator"}
 
+    @property
+    def directions(self) -> tuple[str, ...]:
+        """The one direction."""
+        return (self.state.direction,)
+
     def columns(self) -> dict[str, Sequence[str]]:
         """The one direction."""
         return {self.state.direction.replace("to", "-to-"): ("input", "generated", "truth")}
@@ -126,6 +162,11 @@ class PairSamples(BaseSamples[Pix2PixState]):
         """input, generated and truth."""
         source, target = (real_A, real_B) if self.state.suffix == "A" else (real_B, real_A)
         return {"input": source, "generated": self.modules[f"G_{self.state.suffix}"](source), "truth": target}
+
+    def translation(self, direction: str, real: Tensor, index: int) -> Tensor:  # noqa: ARG002
+        """By the one generator."""
+        made: Tensor = self.modules[f"G_{self.state.suffix}"](real)
+        return made
 
     def measured(self, sample: Mapping[str, Tensor]) -> dict[str, float]:
         """``test_l1``, the mean distance from the truth in [0, 2], and ``test_generator``, the generator's loss."""
@@ -156,6 +197,13 @@ class AugmentedSamples(BaseSamples[AugmentedState]):
         pictures["rec_A"] = G_B(fake_B, E_A(beside(real_A, fake_B)))
         pictures["rec_B"] = G_A(fake_A, E_B(beside(fake_A, real_B)))
         return pictures
+
+    def translation(self, direction: str, real: Tensor, index: int) -> Tensor:
+        """By the first of each picture's codes, as in the grids."""
+        domain, network = (1, "G_A") if direction == "AtoB" else (0, "G_B")
+        codes = [self._code((index + i) * _STYLES, domain, real) for i in range(len(real))]
+        made: Tensor = self.modules[network](real, torch.cat(codes))
+        return made
 
     def measured(self, sample: Mapping[str, Tensor]) -> dict[str, float]:
         """``test_cycle`` as CycleGAN's; ``test_generator``, the pictures' part of the generators' loss;

@@ -31,6 +31,7 @@ from cyclegan_fast.models import cost
 from cyclegan_fast.roofline import measured
 from cyclegan_fast.training import checkpoint as ckpt
 from cyclegan_fast.training import elastic, experiment, run_folder
+from cyclegan_fast.training.best import Best
 from cyclegan_fast.training.build import build_networks, build_samples, build_state, executed, resolved_impl
 from cyclegan_fast.training.ema import averaged, preferred
 from cyclegan_fast.training.graph import (
@@ -46,6 +47,7 @@ from cyclegan_fast.training.graph import (
 from cyclegan_fast.training.health import Health, is_norm
 from cyclegan_fast.training.image_pool import ImagePool, pool_draws
 from cyclegan_fast.training.latents import latent_draws
+from cyclegan_fast.training.measures import Measures, open_measures
 from cyclegan_fast.training.monitor import SCALARS, History, Monitor
 from cyclegan_fast.training.process import catch_signals, process_settings, stopped_by_signals
 from cyclegan_fast.training.replicas import Replicas
@@ -130,10 +132,14 @@ class Trainer:
         self.run_state = RunState(self.modules, pools, self.state)
         self._replicas = Replicas(self.run_state.replicated, every=config.distributed.check_every)
         self.samples = build_samples(self.data.samples_A, self.data.samples_B, preferred(self.modules), self.state)
+        self.measures: Measures | None = None
+        with distributed.main_first():
+            if distributed.is_main():
+                self.measures = open_measures(config, self.data.scans, self.samples)
         self.history = History()
         self._health = Health(self.run_dir, self.run_state, self.history, self.data.loader, self._content)
         self.step = 0
-        self.best, self.best_step = math.inf, 0
+        self.best = Best(config)
         self._monitor: Monitor | None = None
         self._lr = config.training.lr
         if found is not None:
@@ -179,7 +185,7 @@ class Trainer:
             if self._graph is not None:
                 stack.callback(self._graph.graph.release)  # before the process group goes
             batches = stack.enter_context(contextlib.closing(self._batches(total)))
-            while self.step < total:
+            while self.step < total and not self.best.enough:
                 # The first steps compile and record, which takes what it takes, on all ranks alike.
                 distributed.doing(f"step {self.step + 1}", unbounded=self.step <= first + WARMUP)
                 waited = time.perf_counter()
@@ -187,20 +193,21 @@ class Trainer:
                 monitor.waited(time.perf_counter() - waited)
 
                 lr = self._learning_rate(batch.epoch)
-                last = self.step + 1 == total
-                reading = last or (self.step + 1) % self.config.monitor.log_every == 0
                 self.history.append(self._take_step(batch, lr))
                 self.step += 1
                 monitor.step_done()
+                saving = self._saving(total)
+                if saving or self._every(self.config.monitor.metrics_every):
+                    self._measure(monitor)
+                last = self.step == total or self.best.enough
                 if self._replicas.due(self.step, last=last):  # before anything is saved
                     self._replicas.check(self.step)
 
-                if reading:
+                if last or self._every(self.config.monitor.log_every):
                     monitor.write(self.step, self._read(), lr)
                 if last or self._due(self.config.monitor.images_every):
                     self._show_samples(monitor)
-                if last or self._due(self.config.checkpoint.every_epochs) or self._milestone():
-                    self._evaluate(monitor)
+                if last or saving or self.best.step == self.step:
                     self._save()
                 outcome = votes.cast(votes.STOP if stop.signum is not None else self._overdue() * votes.SAVE)
                 if outcome and not last:
@@ -210,6 +217,8 @@ class Trainer:
             votes.settle()
         distributed.doing("the end of the run", unbounded=True)
         if distributed.is_main():
+            if self.best.enough and self.step < total:
+                logger.info("stopped early, after step %d of %d: %s", self.step, total, self.best.why)
             self._draw_curves()
 
     def _draw_curves(self) -> None:
@@ -286,6 +295,10 @@ class Trainer:
         }
         return means | {name: value for name, value in last.items() if is_norm(name)}
 
+    def _every(self, steps: int) -> bool:
+        """Whether the step just done completes another so many; never for 0."""
+        return bool(steps) and self.step % steps == 0
+
     def _due(self, every_epochs: float) -> bool:
         """Whether the step just done completes another ``every_epochs`` epochs."""
         if not every_epochs:
@@ -297,6 +310,11 @@ class Trainer:
         """The milestone epoch that the step just done completes, if any."""
         epoch, rest = divmod(self.step, self.data.loader.steps_per_epoch)
         return epoch if rest == 0 and epoch in self.config.checkpoint.milestones else None
+
+    def _saving(self, total: int) -> bool:
+        """Whether a checkpoint is to be written after the step just done, and measured before."""
+        due = self._due(self.config.checkpoint.every_epochs)
+        return self.step == total or due or self._milestone() is not None
 
     def _overdue(self) -> bool:
         """Whether it is time to save again, by rank 0's clock; true once, as saving takes a vote."""
@@ -312,16 +330,24 @@ class Trainer:
             for name, image in self.samples.grids(f"{self.config.name}, epoch {epoch:.2f}, step {self.step}"):
                 monitor.picture(self.step, name, image)
 
-    def _evaluate(self, monitor: Monitor) -> None:
-        """Measure the fixed test samples, and remember it if this is the best state so far."""
-        if not distributed.is_main() or self.config.checkpoint.best == "none":
+    def _measure(self, monitor: Monitor) -> None:
+        """Measure the fixed test pictures, on rank 0, and remember it if this is the best state so far; all ranks call.
+
+        What is no number ends the run before it is measured, on all ranks together.
+        """
+        if self.best.wanted == "none" and not self.config.monitor.metrics_samples:
             return
-        self._health.check_state(self.step)
-        measures = self.samples.measure()
-        monitor.measured(self.step, measures)
-        value = measures[self.samples.best[self.config.checkpoint.best]]
-        if value < self.best:  # never with NaN, which a test picture may give where the training pictures do not
-            self.best, self.best_step = value, self.step
+        distributed.doing(f"step {self.step}, measuring the test pictures")
+        self.history.share(distributed.average)
+        self._health.check_scalars(self.step)
+        value = math.nan
+        if self.measures is not None:
+            self._health.check_state(self.step)
+            measured = self.measures.measure()
+            monitor.measured(self.step, measured)
+            value = self.measures.best(measured)
+        if self.best.wanted != "none":
+            self.best.update(distributed.told(value), self.step)
 
     def _save(self) -> None:
         """Write the checkpoint of this step, keep it under its further names, drop old ones; all ranks call."""
@@ -342,7 +368,7 @@ class Trainer:
 
     def _keep_also(self, path: Path) -> None:
         """Keep the checkpoint of this step under its further names: also when resumed from, in case that was lost."""
-        if self.best_step == self.step and self.step:
+        if self.best.step == self.step and self.step:
             ckpt.keep_also_as(path, ckpt.checkpoint_dir(self.run_dir) / "best.ckpt")
         if (epoch := self._milestone()) is not None:
             ckpt.keep_also_as(path, ckpt.milestone_path(self.run_dir, epoch))
@@ -359,8 +385,7 @@ class Trainer:
                 "steps_per_epoch": loader.steps_per_epoch,
                 "pairs_per_step": self.pairs_per_step,
             },
-            "best": self.best,
-            "best_step": self.best_step,
+            **self.best.state_dict(),
             "history": self.history.state_dict(),
             "data": self._digest,
             "provenance": {
@@ -399,7 +424,8 @@ class Trainer:
             )
         self.run_state.load_state_dict(content, path)
         self.history.load_state_dict(content["history"], self.device)
-        self.step, self.best, self.best_step = position["step"], content["best"], content.get("best_step", 0)
+        self.best.load_state_dict(content)
+        self.step = position["step"]
         if distributed.is_main():
             self._keep_also(path)
             logger.info("resumed from %s: step %d of %d", path, self.step, self.total_steps)

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from cyclegan_fast.config import Config, from_dict
 from cyclegan_fast.data import loader as loader_module
+from cyclegan_fast.data.fixed import load_samples
 from cyclegan_fast.data.folder import DataError, Entry, scan_folder
-from cyclegan_fast.data.loader import Batch, PairLoader, load_samples, open_training_data
+from cyclegan_fast.data.loader import Batch, PairLoader, open_training_data
 from cyclegan_fast.data.sampler import batch_positions, crop_draws, epoch_order
 from cyclegan_fast.data.store import Preprocess, Store, open_store
 

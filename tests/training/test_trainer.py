@@ -55,8 +55,9 @@ def assert_same_state(one: Path, two: Path, *, but: tuple[str, ...] = ()) -> Non
     ``but`` names ``best`` where one of the runs came to an end, and was measured, where the other went straight on.
     """
     states = [ckpt.read_checkpoint(ckpt.find_checkpoint(run)) for run in (one, two)]
+    of_the_best = ("best_step", "best_measure", "since_best") if "best" in but else ()
     for state in states:
-        for name in ("config", "provenance", *but, *(["best_step"] if "best" in but else [])):
+        for name in ("config", "provenance", *but, *of_the_best):
             del state[name]
     first, second = (flat(state) for state in states)
     assert first.keys() == second.keys()

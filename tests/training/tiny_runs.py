@@ -25,6 +25,7 @@ TINY = (
     "monitor.log_every=2",
     "monitor.images_every=0",
     "monitor.samples=1",
+    "monitor.metrics_samples=0",
     "monitor.progress=false",
     "monitor.tensorboard=false",
 )
