@@ -157,6 +157,7 @@ class Task:
             "monitor.log_every": max(1, self.steps // 20),
             "monitor.images_every": 0,
             "monitor.samples": 1,
+            "monitor.metrics_samples": 0,
             "monitor.tensorboard": "false",
             "monitor.progress": str(sys.stderr.isatty()).lower(),
         }

@@ -395,7 +395,7 @@ class MonitorConfig:
         high=10**9,
     )
     metrics_samples: int = _option(
-        32,
+        16,
         "fixed test pictures a domain (of training, without test folders) whose translations are measured: SWD from "
         "the real pictures, and PSNR and SSIM where the truth is known (aligned pairs; folders truthB, with pictures "
         "named as in testA, and truthA), count; 0: none",

@@ -206,6 +206,7 @@ JOBS: dict[str, Callable[[str, Path], Any]] = {
     "exact": run,
     **dict.fromkeys(("pix2pix", "augmented", "pix2pix-large"), run),
     "eager": run,
+    "patience": run,
     "accumulate": run,
     "compressed": run,
     "compile": compile_job,

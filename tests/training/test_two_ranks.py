@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_trainer import assert_same_state, losses, quiet_compiler
+from test_trainer import assert_same_state, losses, quiet_compiler, records
 from tiny_runs import TINY, write_pictures
 
 from cyclegan_fast.config import Config, load_config, to_yaml
@@ -30,8 +30,9 @@ NETWORKS = ("G_A", "G_B", "D_A", "D_B")
 STEPS = 20
 # As training does it: nothing but the bits of the same sums can stay equal for long.
 EXACT = (f"training.steps={STEPS}", "monitor.log_every=1")
-# With buffers and averages, which must stay equal to the bit as the weights do.
+# With buffers and averages, which must stay equal to the bit as the weights do, and with measures of rank 0.
 OPTIONS = ("model.spectral_norm=true", "model.upsample=resize", "training.ema=0.9")
+MEASURED = ("monitor.metrics_every=7", "monitor.metrics_samples=2", "checkpoint.best=swd", "training.patience=9")
 # For runs that round differently. Adam divides by a gradient's own size, an instance norm by the spread of its input:
 # with an epsilon above the gradients' rounding, larger weights and a small rate, neither amplifies rounding for long.
 # The weights still move by up to ten times the tolerance.
@@ -42,8 +43,9 @@ JOBS: dict[str, tuple[str, ...]] = {
     "order": (),
     "disagreement": (),
     "steps-differ": (),
-    "exact": (*EXACT, *OPTIONS),
-    "graph": (*EXACT, *OPTIONS, "training.mode=graph"),
+    "exact": (*EXACT, *OPTIONS, *MEASURED),
+    "graph": (*EXACT, *OPTIONS, *MEASURED, "training.mode=graph"),
+    "patience": (*EXACT, *MEASURED, "monitor.metrics_every=1", "training.patience=1", "training.lr=0.02"),
     "resumed": (*EXACT, "training.lr_scaling=linear"),
     "accumulate": ("training.steps=3", "training.accumulate=3"),
     "pix2pix": (*EXACT, "model.method=pix2pix", "data.pairing=aligned", "data.unreadable=skip"),
@@ -194,7 +196,23 @@ def test_two_ranks_are_one_with_two_micro_batches(folder: Path) -> None:
     for one in said(folder, "exact"):
         assert len(one["sent"]) % STEPS == 0
         assert len(one["sent"]) / STEPS > 4  # more than a bucket for each network
-    assert_same_run(micro_batches(folder, "exact"), folder / "runs" / "exact")
+    one, two = micro_batches(folder, "exact"), folder / "runs" / "exact"
+    assert_same_run(one, two)
+    assert records(one) == records(two)
+    assert [line["step"] for line in records(two) if "test_swd_AtoB" in line] == [7, 14, 20]
+
+
+def test_ranks_stop_early_at_one_step(folder: Path) -> None:
+    """At the first measurement that is no better, and where one process stops, in the same state."""
+    one, two = micro_batches(folder, "patience"), folder / "runs" / "patience"
+    assert_same_state(one, two)
+    assert records(one) == records(two)
+    measured = [(line["test_swd_AtoB"] + line["test_swd_BtoA"]) / 2 for line in records(two) if "test_swd_AtoB" in line]
+    assert 2 <= len(measured) < STEPS
+    assert measured[-1] > measured[-2]
+    assert measured[:-1] == sorted(measured[:-1], reverse=True)
+    per_step = len(said(folder, "exact")[0]["sent"]) // STEPS
+    assert [len(rank["sent"]) for rank in said(folder, "patience")] == [len(measured) * per_step] * 2
 
 
 def test_two_ranks_are_one_with_twice_the_batch(folder: Path) -> None:
