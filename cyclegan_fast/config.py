@@ -370,9 +370,10 @@ class CheckpointConfig:
         "cycle",
         "measure by which a `best` checkpoint is kept, on fixed test pictures: `cycle` (L1 of A -> B -> A and "
         "B -> A -> B; with pix2pix, which has no cycle, L1 from the true picture), `generator` (the generators' whole "
-        "loss), `swd` (sliced Wasserstein distance from the real pictures), `psnr` or `ssim` (from the truth, where it "
-        "is known), the last three as means of the directions, or `none`",
-        choices=("cycle", "generator", "swd", "psnr", "ssim", "none"),
+        "loss), `swd` (sliced Wasserstein distance from the real pictures), `swd_colour` (the same, and sees a colour "
+        "cast), `psnr` or `ssim` (against the truth, where it is known), the last four as means of the directions, or "
+        "`none`",
+        choices=("cycle", "generator", "swd", "swd_colour", "psnr", "ssim", "none"),
     )
 
 
@@ -738,7 +739,7 @@ def _check_together(config: Config) -> None:
 def _check_measures(config: Config) -> None:
     """Refuse a best and an end by what is never measured."""
     best, patience, monitor = config.checkpoint.best, config.training.patience, config.monitor
-    if best in ("swd", "psnr", "ssim") and not monitor.metrics_samples:
+    if best in ("swd", "swd_colour", "psnr", "ssim") and not monitor.metrics_samples:
         raise ConfigError(f"checkpoint.best = {best!r} needs pictures to measure: set monitor.metrics_samples above 0")
     if patience and best == "none":
         raise ConfigError(f"training.patience = {patience} needs a measure that improves: set checkpoint.best")

@@ -1,10 +1,11 @@
 """What is measured of the fixed test pictures while a run goes on.
 
     test_cycle, test_generator, ...  of the pictures in the grids, see `training.samples`
-    test_swd_AtoB    sliced Wasserstein distance of the translations from the real pictures of B, whose statistics both
-                     are normalised by, so that a colour cast counts; the mean of the pyramid's levels
-    test_psnr_AtoB   dB, mean over the pictures; where the truth is known
-    test_ssim_AtoB   likewise
+    test_swd_AtoB         sliced Wasserstein distance of the translations from the real pictures of B, each set
+                          normalised by its own statistics, the mean of the pyramid's levels
+    test_swd_colour_AtoB  both normalised by those of the real pictures, so that a colour cast and contrast count
+    test_psnr_AtoB        dB, mean over the pictures; where the truth is known
+    test_ssim_AtoB        likewise
 
 and so for BtoA, as `evaluation.metrics` defines them, of the generators' output as it is, not rounded to 8 bits. A
 number of SWD means something beside others of as many pictures alone, those of this run.
@@ -32,7 +33,9 @@ __all__ = ["Measures", "open_measures"]
 logger = logging.getLogger("cyclegan_fast.train")
 
 _RANGE = (-1.0, 1.0)
-_SMALLEST = {"swd": 16, "psnr": 1, "ssim": 11}  # sides, pixels
+_SMALLEST = {"swd": 16, "swd_colour": 16, "psnr": 1, "ssim": 11}  # sides, pixels
+_STATISTICS = {"swd": "own", "swd_colour": "reference"}
+_AGAINST_TRUTH = {"psnr": psnr, "ssim": ssim}
 
 
 def open_measures(config: Config, scans: Mapping[str, Scan], samples: BaseSamples[Any]) -> Measures:
@@ -92,7 +95,7 @@ class _Direction:
         self._real = pictures.real_A if forth else pictures.real_B
         self._target = pictures.real_B if forth else pictures.real_A
         self._truth = pictures.true_B if forth else pictures.true_A
-        self._reference: ReferenceSet | None = None
+        self._references: dict[str, ReferenceSet] = {}
         self.obstacles = {what: why for what in METRICS if (why := self._obstacle(what)) is not None}
 
     def measure(self, samples: BaseSamples[Any]) -> dict[str, float]:
@@ -102,28 +105,27 @@ class _Direction:
         if not all(bool(batch.isfinite().all()) for batch in made):
             values = dict.fromkeys(wanted, math.nan)
         else:
-            values = {what: self._swd(made) if what == "swd" else self._mean(what, made) for what in wanted}
+            values = {what: self._value(what, made) for what in wanted}
         return {f"test_{what}_{self.name}": value for what, value in values.items()}
 
-    def _swd(self, made: list[Tensor]) -> float:
-        if self._reference is None:
+    def _value(self, what: str, made: list[Tensor]) -> float:
+        """The distance of the translations from the real pictures, or the mean of how near each is to its truth."""
+        if what in _AGAINST_TRUTH:
+            truths = iter(self._truth or ())
+            values = [_AGAINST_TRUTH[what](batch, _next(truths, len(batch)), value_range=_RANGE) for batch in made]
+            return float(torch.cat(values).mean())
+        if what not in self._references:
             target = torch.cat(self._target).to(made[0].device)
-            options: dict[str, Any] = {"value_range": _RANGE, "statistics": "reference"}
-            self._reference = ReferenceSet(target, len(self._real), **options)
-        return self._reference.distance(torch.cat(made), value_range=_RANGE).mean
-
-    def _mean(self, what: str, made: list[Tensor]) -> float:
-        """Mean over the pictures of how near each is to its truth."""
-        metric = psnr if what == "psnr" else ssim
-        truths = iter(self._truth or ())
-        values = [metric(batch, _next(truths, len(batch)), value_range=_RANGE) for batch in made]
-        return float(torch.cat(values).mean())
+            options: dict[str, Any] = {"value_range": _RANGE, "statistics": _STATISTICS[what]}
+            self._references[what] = ReferenceSet(target, len(self._real), **options)
+        return self._references[what].distance(torch.cat(made), value_range=_RANGE).mean
 
     def _obstacle(self, what: str) -> str | None:
         """Why a metric cannot be taken of these pictures, if so."""
-        sizes = {tuple(picture.shape[2:]) for picture in (*self._real, *(self._target if what == "swd" else ()))}
+        against_truth = what in _AGAINST_TRUTH
+        sizes = {tuple(picture.shape[2:]) for picture in (*self._real, *(() if against_truth else self._target))}
         small = min(sizes, key=min)
-        if what != "swd" and self._truth is None:
+        if against_truth and self._truth is None:
             target = self.name[-1]
             return (
                 f"there is no truth of their translations, which data.pairing=aligned has, or a folder truth{target} "
@@ -131,7 +133,7 @@ class _Direction:
             )
         if min(small) < _SMALLEST[what]:
             return f"{small[1]} x {small[0]} pixels are too small, both sides must have {_SMALLEST[what]}"
-        if what == "swd" and len(sizes) > 1:
+        if not against_truth and len(sizes) > 1:
             words = " and ".join(f"{width} x {height}" for height, width in sorted(sizes)[:2])
             return f"they are of several sizes, {words} pixels for instance"
         return None

@@ -24,7 +24,7 @@ __all__ = ["AugmentedSamples", "BaseSamples", "PairSamples", "Samples"]
 State = TypeVar("State", bound=TrainState)
 _STYLES = 4  # random codes that a sample is translated with
 _STYLE_SEED = 0
-_AT_ONCE = 8  # pictures translated as one batch: what one of them keeps for a backward pass takes more memory
+_AT_ONCE = 4  # pictures translated as one batch: without a backward pass they take less memory than a step
 
 
 class BaseSamples(ABC, Generic[State]):

@@ -32,7 +32,7 @@ STEPS = 20
 EXACT = (f"training.steps={STEPS}", "monitor.log_every=1")
 # With buffers and averages, which must stay equal to the bit as the weights do, and with measures of rank 0.
 OPTIONS = ("model.spectral_norm=true", "model.upsample=resize", "training.ema=0.9")
-MEASURED = ("monitor.metrics_every=7", "monitor.metrics_samples=2", "checkpoint.best=swd", "training.patience=9")
+MEASURED = ("monitor.metrics_every=7", "monitor.metrics_samples=2", "checkpoint.best=swd_colour", "training.patience=9")
 # For runs that round differently. Adam divides by a gradient's own size, an instance norm by the spread of its input:
 # with an epsilon above the gradients' rounding, larger weights and a small rate, neither amplifies rounding for long.
 # The weights still move by up to ten times the tolerance.
@@ -207,7 +207,8 @@ def test_ranks_stop_early_at_one_step(folder: Path) -> None:
     one, two = micro_batches(folder, "patience"), folder / "runs" / "patience"
     assert_same_state(one, two)
     assert records(one) == records(two)
-    measured = [(line["test_swd_AtoB"] + line["test_swd_BtoA"]) / 2 for line in records(two) if "test_swd_AtoB" in line]
+    names = ("test_swd_colour_AtoB", "test_swd_colour_BtoA")
+    measured = [sum(line[name] for name in names) / 2 for line in records(two) if names[0] in line]
     assert 2 <= len(measured) < STEPS
     assert measured[-1] > measured[-2]
     assert measured[:-1] == sorted(measured[:-1], reverse=True)

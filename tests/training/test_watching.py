@@ -28,8 +28,7 @@ from cyclegan_fast.training.measures import Measures
 from cyclegan_fast.training.trainer import Interrupted, train
 
 Tiny = Callable[..., Config]
-RANGE = {"value_range": (-1.0, 1.0)}
-METRICS = ("swd", "psnr", "ssim")
+METRICS = ("swd", "swd_colour", "psnr", "ssim")
 
 
 @pytest.fixture
@@ -73,11 +72,15 @@ def test_measures_are_the_metrics_of_the_translations() -> None:
     half, real = torch.cat(A) / 2, torch.cat(truth)
     expected = {
         "test_cycle": 0.25,
-        "test_swd_AtoB": sliced_wasserstein(torch.cat(B), half, **RANGE, statistics="reference").mean,  # type: ignore[arg-type]
-        "test_swd_BtoA": sliced_wasserstein(torch.cat(A), torch.cat(B) / 2, **RANGE, statistics="reference").mean,  # type: ignore[arg-type]
         "test_psnr_AtoB": float(psnr(half, real, value_range=(-1, 1)).mean()),
         "test_ssim_AtoB": float(ssim(half, real, value_range=(-1, 1)).mean()),
     }
+    for name, statistics in (("swd", "own"), ("swd_colour", "reference")):
+        for way, source, target in (("AtoB", A, B), ("BtoA", B, A)):
+            distance = sliced_wasserstein(
+                torch.cat(target), torch.cat(source) / 2, value_range=(-1, 1), statistics=statistics
+            )
+            expected[f"test_{name}_{way}"] = distance.mean
     assert found == pytest.approx(expected, rel=1e-12)
     assert measures.best(found) == found["test_psnr_AtoB"]
     assert samples.batches == 3 + 2
@@ -89,7 +92,7 @@ def test_measures_are_the_metrics_of_the_translations() -> None:
 def test_one_direction_and_no_pictures() -> None:
     A, B = images(2, (16, 16), 0), images(2, (16, 16), 1)
     one = Measures(Darkening("BtoA"), FixedPictures(A, B, B, A, True), "none")  # type: ignore[arg-type]
-    assert list(one.measure()) == ["test_swd_BtoA", "test_psnr_BtoA", "test_ssim_BtoA"]
+    assert list(one.measure()) == [f"test_{what}_BtoA" for what in METRICS]
     assert math.isnan(one.best(one.measure()))
     none = Measures(Darkening("AtoB"), None, "cycle")  # type: ignore[arg-type]
     assert none.measure() == {"test_cycle": 0.25}
@@ -121,7 +124,7 @@ def test_a_best_that_cannot_be_measured_is_refused(
     with pytest.raises(ConfigError, match=rf"checkpoint\.best = '{best}' cannot be measured .*: {message}"):
         Measures(Darkening("AtoB"), pictures, best)  # type: ignore[arg-type]
     other = Measures(Darkening("AtoB"), pictures, "cycle").measure()  # type: ignore[arg-type]
-    assert set(other) == {"test_cycle"} | ({"test_swd_AtoB"} if best == "psnr" else set())
+    assert set(other) == {"test_cycle"} | ({"test_swd_AtoB", "test_swd_colour_AtoB"} if best == "psnr" else set())
     assert ("test_swd_AtoB is not measured" in caplog.text) == (best == "swd")
 
 
