@@ -77,7 +77,7 @@ def test_measures_are_the_metrics_of_the_translations() -> None:
     }
     for name, statistics in (("swd", "own"), ("swd_colour", "reference")):
         for way, source, target in (("AtoB", A, B), ("BtoA", B, A)):
-            made, options = torch.cat(source) / 2, {"statistics": statistics, "directions": 128}
+            made, options = torch.cat(source) / 2, {"statistics": statistics, "patches": 64, "directions": 128}
             distance = sliced_wasserstein(torch.cat(target), made, value_range=(-1, 1), **options)  # type: ignore[arg-type]
             expected[f"test_{name}_{way}"] = distance.mean
     assert found == pytest.approx(expected, rel=1e-12)
