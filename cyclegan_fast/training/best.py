@@ -48,12 +48,15 @@ class Best:
             f"{self.step}; --resume with a larger training.patience goes on"
         )
 
-    def update(self, value: float, step: int) -> None:
-        """Take in what was measured after a step. NaN, which a test picture may give, is never the best."""
+    def update(self, value: float, step: int, *, counts: bool = True) -> None:
+        """Take in what was measured after a step. NaN, which a test picture may give, is never the best.
+
+        counts: whether it is one for the patience; that at the end of a run, which may yet go on, is not.
+        """
         if value > self.value if self.wanted in HIGHER else value < self.value:
             self.value, self.step, self.since = value, step, 0
         else:
-            self.since += 1
+            self.since += counts
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of it."""

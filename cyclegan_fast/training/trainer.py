@@ -196,9 +196,10 @@ class Trainer:
                 self.history.append(self._take_step(batch, lr))
                 self.step += 1
                 monitor.step_done()
-                saving = self._saving(total)
-                if saving or self._every(self.config.monitor.metrics_every):
-                    self._measure(monitor)
+                saving = self._due(self.config.checkpoint.every_epochs) or self._milestone() is not None
+                scheduled = saving or self._every(self.config.monitor.metrics_every)
+                if scheduled or self.step == total:
+                    self._measure(monitor, counts=scheduled)
                 last = self.step == total or self.best.enough
                 if self._replicas.due(self.step, last=last):  # before anything is saved
                     self._replicas.check(self.step)
@@ -311,11 +312,6 @@ class Trainer:
         epoch, rest = divmod(self.step, self.data.loader.steps_per_epoch)
         return epoch if rest == 0 and epoch in self.config.checkpoint.milestones else None
 
-    def _saving(self, total: int) -> bool:
-        """Whether a checkpoint is to be written after the step just done, and measured before."""
-        due = self._due(self.config.checkpoint.every_epochs)
-        return self.step == total or due or self._milestone() is not None
-
     def _overdue(self) -> bool:
         """Whether it is time to save again, by rank 0's clock; true once, as saving takes a vote."""
         minutes = self.config.checkpoint.every_minutes
@@ -330,7 +326,7 @@ class Trainer:
             for name, image in self.samples.grids(f"{self.config.name}, epoch {epoch:.2f}, step {self.step}"):
                 monitor.picture(self.step, name, image)
 
-    def _measure(self, monitor: Monitor) -> None:
+    def _measure(self, monitor: Monitor, *, counts: bool) -> None:
         """Measure the fixed test pictures, on rank 0, and remember it if this is the best state so far; all ranks call.
 
         What is no number ends the run before it is measured, on all ranks together.
@@ -347,7 +343,7 @@ class Trainer:
             monitor.measured(self.step, measured)
             value = self.measures.best(measured)
         if self.best.wanted != "none":
-            self.best.update(distributed.told(value), self.step)
+            self.best.update(distributed.told(value), self.step, counts=counts)
 
     def _save(self) -> None:
         """Write the checkpoint of this step, keep it under its further names, drop old ones; all ranks call."""

@@ -133,10 +133,15 @@ def best_of(*overrides: str) -> Best:
 
 def test_the_best_is_the_lowest_or_the_highest() -> None:
     lowest, highest = best_of("training.patience=2"), best_of("checkpoint.best=ssim")
+    lowest.update(math.nan, 0, counts=False)
     for step, value in enumerate([math.nan, 0.5, 0.4, math.nan, 0.4, 0.6], 1):
         lowest.update(value, step)
         highest.update(value, step)
     assert (lowest.value, lowest.step, lowest.since, lowest.enough) == (0.4, 3, 3, True)
+    lowest.update(0.5, 7, counts=False)
+    assert lowest.since == 3
+    lowest.update(0.3, 8, counts=False)
+    assert (lowest.value, lowest.step, lowest.since, lowest.enough) == (0.3, 8, 0, False)
     assert (highest.value, highest.step, highest.since, highest.enough) == (0.6, 6, 0, False)
     assert [best_of(f"checkpoint.best={name}").value for name in ("swd", "psnr")] == [math.inf, -math.inf]
 
