@@ -253,7 +253,7 @@ class _Work:
         return there, values
 
     def _compared(self, images: Tensor, source: str, start: int) -> Values:
-        """Nearness to the truth of the pictures from ``start`` on; NaN where it is not known, nothing if it never is."""
+        """Nearness to the truth of the pictures from ``start`` on: NaN where it is not known, {} if it never is."""
         truth = self.pictures.truth.get(source)
         if truth is None:
             return {}
