@@ -75,6 +75,12 @@ ALLOWED = {
         *("training.checkpoint", "training.ema", "training.latents"),
     },
     "evaluation": {"atomic", "data.photo", "errors", "evaluation", "inference.translate", "training.checkpoint"},
+    "evaluation.sets": {"config", "data"},
+    "evaluation.embedding": {"errors", "evaluation.metrics", "tensor_file"},
+    "evaluation.evaluate": {
+        *("config", "errors", "evaluation", "progress", "version"),
+        *("inference.translate", "inference.weights", "training.checkpoint"),
+    },
     "roofline": {"atomic", "data.store", "machine"},
     "doctor": {"data.store", "device", "machine", "ops", "roofline", "version"},
     "training.build": {
@@ -152,8 +158,9 @@ def test_the_rule_would_see_a_wrong_import(tmp_path: Path) -> None:
 
 def test_public_names() -> None:
     assert set(cyclegan_fast.__all__) == {
-        *("Config", "ConfigError", "InputError", "PatchDiscriminator", "PixelDiscriminator", "ResnetGenerator"),
-        *("Translator", "UnetGenerator", "__version__", "load", "load_config", "ops", "train"),
+        *("Config", "ConfigError", "Evaluation", "InputError", "PatchDiscriminator", "PixelDiscriminator"),
+        *("ResnetGenerator", "Translator", "UnetGenerator", "__version__", "evaluate", "load", "load_config", "ops"),
+        "train",
     }
     for name in cyclegan_fast.__all__:
         assert getattr(cyclegan_fast, name) is not None
