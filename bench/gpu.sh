@@ -130,7 +130,7 @@ paper_pictures() {
 
 paper_training() {
     local begin=$SECONDS code
-    "$PYTHON" train.py --config configs/iphone2dslr_keras.yaml "data.root=$WORK/flowers" data.limit_test=8 \
+    "$PYTHON" train.py --config configs/paper/keras.yaml "data.root=$WORK/flowers" data.limit_test=8 \
         "out=$WORK/runs" name=paper training.precision=auto training.mode=graph checkpoint.every_minutes=0 \
         checkpoint.every_epochs=10 monitor.images_every=10 monitor.log_every=250 monitor.progress=false
     code=$?
