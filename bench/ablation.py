@@ -15,17 +15,26 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
-from options import finished
-from same_learning import Arm, Experiment, Task, interrupted_at, run_training
+import torch
+from options import enlarged, finished
+from PIL import Image
+from provenance import as_text, provenance
+from quality import DIRECTIONS, Evaluations, evaluated
+from same_learning import Arm, Experiment, Task, interrupted_at, run_training, table, translated
+from tables import write
 
+import cyclegan_fast
 from cyclegan_fast.config import Config
+from cyclegan_fast.evaluation.figures import grid
 from cyclegan_fast.models import cost
 from cyclegan_fast.training.trainer import Interrupted
 
@@ -51,21 +60,22 @@ KERAS_TRAINING = (
 
 @dataclass(frozen=True)
 class Variant(Arm):
-    """An arm of the ablation; `against`: what it is compared with.
+    """An arm of the ablation; `against`: what it is compared with; `averaged`: also with its averaged weights.
 
     `length`: its steps, of the original's; None for as many as take the original's floating-point operations.
     """
 
     length: float | None = 1.0
     against: str = "original"
+    averaged: bool = False
 
 
-def _variant(name: str, *settings: str, why: str, length: float | None = 1.0, against: str = "original") -> Variant:
-    return Variant(name, (*COMMON, *settings), why=why, length=length, against=against)
+def _variant(name: str, *settings: str, why: str, **more: Any) -> Variant:
+    return Variant(name, (*COMMON, *settings), why=why, **more)
 
 
 ARMS = [
-    _variant("original", why="the original recipe, smaller"),
+    _variant("original", why="the original recipe, smaller", averaged=True),
     _variant("keras", "model.preset=keras", *KERAS_TRAINING, why="all of the Keras example's differences"),
     _variant("no pool", "training.pool_size=0", why="discriminators see the pictures of this step only"),
     _variant("no decay", *NO_DECAY, why="the full learning rate to the end"),
@@ -75,7 +85,13 @@ ARMS = [
     _variant(
         "gamma 0", "model.affine=true", "model.gamma=0", why="norms with scales that begin near 0", against="affine"
     ),
-    _variant("resize", "model.upsample=resize", length=None, why="resize-convolutions, and fewer steps for their work"),
+    _variant(
+        "resize",
+        "model.upsample=resize",
+        length=None,
+        averaged=True,
+        why="resize-convolutions, and fewer steps for their work",
+    ),
     _variant("lr 1e-3", "training.lr=1e-3", why="2.5 times the learning rate"),
     _variant("no identity", "loss.identity=0", length=None, why="no identity loss, and more steps for its work"),
     _variant("spectral norm", "model.spectral_norm=true", why="spectral norms in the discriminators"),
@@ -85,6 +101,14 @@ ARMS = [
 ]
 GROUPS = (ARMS[:8], ARMS[8:11], ARMS[11:13], ARMS[13:14], ARMS[14:])
 """What is trained first with all seeds, then second: what a cut leaves can be compared."""
+
+
+REFERENCE = {"original, averaged": "original"} | {
+    name: less
+    for arm in ARMS[1:]
+    for name, less in [(arm.name, arm.against), *([(f"{arm.name}, averaged", arm.name)] if arm.averaged else [])]
+}
+"""What each row of the tables is compared with."""
 
 
 def config_of(task: Task, arm: Variant, seed: int, work: Path) -> Config:
@@ -129,6 +153,7 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--arms", default="", help=f"some of: {'; '.join(arm.name for arm in ARMS)}; separated by ;")
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop training after this time")
     parser.add_argument("--small", action="store_true", help="toy size, to see that it works")
+    parser.add_argument("--again", action="store_true", help="measure again what is measured")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--train-only", action="store_true")
     only.add_argument("--measure-only", action="store_true", help="measure what is trained, train nothing")
@@ -141,18 +166,113 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """0 when all runs are trained and, if asked for, measured; 3 when some are left for the next call."""
     chosen = options(arguments)
-    deadline = monotonic() + chosen.seconds
+    deadline, facts = monotonic() + chosen.seconds, provenance()
     task = Task(chosen.size, chosen.steps, train=75, test=60, ngf=12, blocks=2)
     if chosen.small:
-        task = Task(32, 2, train=4, test=4, ngf=4, blocks=1)
+        task = Task(32, 2, train=4, test=5, ngf=4, blocks=1)
     experiment = Experiment(task, chosen.work)
-    for group in GROUPS:
-        for seed, arm in itertools.product(range(chosen.seeds), [arm for arm in group if arm in chosen.arms]):
-            if not trained(experiment, arm, seed, deadline):
-                return 3
-            print(f"{arm.name}, seed {seed}: trained", file=sys.stderr, flush=True)
+    if not chosen.measure_only and not train_all(experiment, chosen.arms, chosen.seeds, deadline):
+        return 3
+    if chosen.train_only:
+        return 0
+    torch.set_num_threads(1)
+    evaluations = measure_all(experiment, chosen.arms, chosen.seeds, again=chosen.again)
+    reference = {arm: less for arm, less in REFERENCE.items() if evaluations.seeds(arm)}
+    text = as_markdown(experiment, evaluations, reference, facts)
+    content = {"provenance": facts, "task": vars(task), "arms": arms_table(task), **evaluations.as_json(reference)}
+    print(text)
+    write(chosen.markdown, text)
+    write(chosen.out, json.dumps(content, indent=1) + "\n")
+    if chosen.figure is not None:
+        figure(experiment, chosen.arms).save(chosen.figure, quality=80)
     return 0
+
+
+def train_all(experiment: Experiment, arms: Sequence[Variant], seeds: int, deadline: float) -> bool:
+    """All arms of a group with one seed, then with the next, so that what a cut leaves can be compared."""
+    for group in GROUPS:
+        for seed, arm in itertools.product(range(seeds), [arm for arm in group if arm in arms]):
+            if not trained(experiment, arm, seed, deadline):
+                return False
+            print(f"{arm.name}, seed {seed}: trained", file=sys.stderr, flush=True)
+    return True
+
+
+def measure_all(experiment: Experiment, arms: Sequence[Variant], seeds: int, *, again: bool) -> Evaluations:
+    """What is found of all runs that are trained to their end."""
+    evaluations = Evaluations()
+    for arm, seed in itertools.product(arms, range(seeds)):
+        config = config_of(experiment.task, arm, seed, experiment.work)
+        if not finished(config, config.training.steps or 0):
+            print(f"{arm.name}, seed {seed}: not trained to its end, left out", file=sys.stderr)
+            continue
+        evaluations.found[arm.name, seed] = evaluated(config.run_dir, weights="raw", again=again)
+        if arm.averaged:
+            evaluations.found[f"{arm.name}, averaged", seed] = evaluated(config.run_dir, weights="ema", again=again)
+    return evaluations
+
+
+def arms_table(task: Task) -> list[dict[str, Any]]:
+    """What each arm is, its steps, and its floating-point operations beside the original's."""
+    rows = []
+    for arm in ARMS:
+        steps = config_of(task, arm, 0, Path()).training.steps or 0
+        work = steps * flop(arm, task) / (task.steps * flop(ARMS[0], task))
+        settings = [setting for setting in arm.settings if setting not in COMMON]
+        rows.append({"arm": arm.name, "why": arm.why, "settings": settings, "steps": steps, "flop": round(work, 3)})
+    return rows
+
+
+ARM_TITLES = ("arm", "what it is", "settings", "steps", "FLOP, of the original's")
+
+
+def arm_cells(row: Mapping[str, Any]) -> list[str]:
+    settings = " ".join(f"`{setting}`" for setting in row["settings"])
+    return [row["arm"], row["why"], settings, str(row["steps"]), f"{row['flop']:.2f}"]
+
+
+def as_markdown(
+    experiment: Experiment, evaluations: Evaluations, reference: Mapping[str, str], facts: dict[str, Any]
+) -> str:
+    task = experiment.task
+    shown = [row for row in arms_table(task) if evaluations.seeds(row["arm"])]
+    lines = [
+        "# Ablation of the recipe",
+        "",
+        as_text(facts),
+        "",
+        f"{task.train} + {task.train} synthetic flowers of {task.rendered} pixels, crops of {task.size}; ngf = ndf = "
+        f"{task.ngf}, {task.blocks} blocks; batch 1, {task.steps} steps, learning rate 4e-4, falling in the second "
+        f"half; fp32; {task.test} + {task.test} test pictures, measured whole with the weights of the last step, or "
+        "their averages (decay 0.99) where it says so.",
+        "",
+        *table([ARM_TITLES, *(arm_cells(row) for row in shown)]),
+    ]
+    for direction, words in DIRECTIONS.items():
+        lines += ["", f"## {words}", "", *evaluations.levels_table(direction)]
+        lines += ["", *evaluations.differences_table(direction, reference)]
+    lines += [
+        "",
+        "Levels: means ± standard deviations over seeds. Differences: means over pairs of runs of one seed, with "
+        "Student's 95 % interval; bold where it leaves out 0, which chance does to one in twenty.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def figure(experiment: Experiment, arms: Sequence[Variant], scenes: int = 4) -> Image.Image:
+    """Input | what each arm makes of it, with the first seed | truth; a row a scene."""
+    source = experiment.pictures["testA"][:scenes]
+    columns = {"input": source}
+    for arm in arms:
+        config = config_of(experiment.task, arm, 0, experiment.work)
+        if finished(config, config.training.steps or 0):
+            translator = cyclegan_fast.load(config.run_dir, device="cpu", precision="fp32", weights="raw")
+            columns[arm.name] = translated(translator, source, "AtoB")
+    columns["truth"] = experiment.pictures["truthB"][:scenes]
+    rows = [[enlarged(pixels[scene]) for pixels in columns.values()] for scene in range(len(source))]
+    return grid(rows, column_titles=list(columns), cell=2 * experiment.task.rendered)
 
 
 if __name__ == "__main__":
