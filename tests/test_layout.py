@@ -71,6 +71,11 @@ ALLOWED = {
         *("training.checkpoint", "training.ema", "training.latents"),
     },
     "evaluation": {"atomic", "data.photo", "errors", "evaluation", "inference.translate", "training.checkpoint"},
+    "evaluation.sets": {"config", "data"},
+    "evaluation.evaluate": {
+        *("atomic", "config", "errors", "evaluation", "models.augmented", "progress", "version"),
+        *("inference.translate", "inference.weights", "training.checkpoint"),
+    },
     "roofline": {"atomic", "data.store", "machine"},
     "doctor": {"data.store", "device", "machine", "ops", "roofline", "version"},
     "training.build": {

@@ -180,7 +180,7 @@ def sliced_wasserstein(
     Raises InputError for sets that are not alike in channels and size, too small, or not pictures, and for settings
     out of range.
     """
-    batches = [_as_batch(images, value_range, name) for images, name in ((reference, "reference"), (other, "other"))]
+    batches = [as_batch(images, value_range, name) for images, name in ((reference, "reference"), (other, "other"))]
     batches[1] = batches[1].to(batches[0].device)
     _check_sets(batches, statistics, patches, directions, smallest, groups)
     fewest = min(batch.shape[0] for batch in batches)
@@ -323,7 +323,7 @@ def checkerboard(images: Pictures, *, value_range: Range = None) -> Checkerboard
 
     Both sides must have 32 pixels; the last ones are left out where a side is no multiple of 4.
     """
-    batch = _as_batch(images, value_range, "images")
+    batch = as_batch(images, value_range, "images")
     height, width = (side // 4 * 4 for side in batch.shape[2:])
     if min(height, width) < _LEAST_SIDE:
         raise InputError(
@@ -430,7 +430,7 @@ def _pairs(
     result: Pictures, truth: Pictures, value_range: Range, *, smallest: int, what: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Both batches in [0, 1], some pictures at a time. Raises InputError."""
-    x, y = _as_batch(result, value_range, "result"), _as_batch(truth, value_range, "truth")
+    x, y = as_batch(result, value_range, "result"), as_batch(truth, value_range, "truth")
     if x.shape != y.shape:
         raise InputError(f"result has shape {list(x.shape)} and truth {list(y.shape)}: they must be the same")
     if min(x.shape[2:]) < smallest:
@@ -441,7 +441,7 @@ def _pairs(
     return zip(x.split(at_once), y.to(x.device).split(at_once), strict=True)
 
 
-def _as_batch(images: Pictures, value_range: Range, name: str) -> Tensor:
+def as_batch(images: Pictures, value_range: Range, name: str) -> Tensor:
     """Float64 [N, C, H, W] in [0, 1], on the device of the pictures. Raises InputError."""
     if not isinstance(images, (Tensor, np.ndarray)):
         raise InputError(f"{name} must be a tensor or an array [N, C, H, W], not a {type(images).__name__}")
