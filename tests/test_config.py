@@ -81,6 +81,7 @@ def test_an_empty_file_and_empty_sections_mean_defaults(tmp_path: Path) -> None:
         ("name=../elsewhere", ["name = '../elsewhere'", "one folder name"]),
         ("data.crop_size=300", ["data.crop_size = 300", "data.load_size = 286"]),
         ("model.channels_B=1", ["loss.identity", "model.channels_B = 1"]),
+        ("model.gamma=0", ["model.gamma = 0.0", "model.affine=true"]),
         ("checkpoint.milestones=[0]", ["checkpoint.milestones", "count from 1"]),
         ("training", ["'training' is not of the form"]),
         ("training.lr=[", ["not valid YAML"]),
