@@ -20,21 +20,26 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
+import numpy as np
 import torch
 from options import enlarged, finished
 from PIL import Image
 from provenance import as_text, provenance
-from quality import DIRECTIONS, Evaluations, evaluated
-from same_learning import Arm, Experiment, Task, interrupted_at, run_training, table, translated
+from quality import DIRECTIONS, Evaluations
+from same_learning import Arm, Experiment, Pixels, Task, interrupted_at, run_training, table, translated
 from tables import write
 
 import cyclegan_fast
 from cyclegan_fast.config import Config
 from cyclegan_fast.evaluation.figures import grid
+from cyclegan_fast.evaluation.hallucination import hallucination, through_cycle
+from cyclegan_fast.evaluation.metrics import checkerboard
+from cyclegan_fast.evaluation.photographic import depth_of_field, noise
 from cyclegan_fast.models import cost
 from cyclegan_fast.training.trainer import Interrupted
 
@@ -99,6 +104,7 @@ ARMS = [
     _variant("twice as long", length=2.0, why="twice the steps and the compute, decay in the second half"),
     _variant("batch 4", "training.batch=4", why="as many updates of four pairs: four times the compute"),
 ]
+OTHER_WAY = {"AtoB": "BtoA", "BtoA": "AtoB"}
 GROUPS = (ARMS[:9], ARMS[9:11], ARMS[11:13], ARMS[13:14], ARMS[14:])
 """What is trained first with all seeds, then second: what a cut leaves can be compared."""
 
@@ -208,10 +214,49 @@ def measure_all(experiment: Experiment, arms: Sequence[Variant], seeds: int, *, 
         if not finished(config, config.training.steps or 0):
             print(f"{arm.name}, seed {seed}: not trained to its end, left out", file=sys.stderr)
             continue
-        evaluations.found[arm.name, seed] = evaluated(config.run_dir, weights="raw", again=again)
-        if arm.averaged:
-            evaluations.found[f"{arm.name}, averaged", seed] = evaluated(config.run_dir, weights="ema", again=again)
+        for weights in ("raw", "ema") if arm.averaged else ("raw",):
+            name = arm.name if weights == "raw" else f"{arm.name}, averaged"
+            kept = config.run_dir / f"measured-{weights}.json"
+            if again or not kept.exists():
+                write(kept, json.dumps(measured(experiment, config, weights)))
+            evaluations.found[name, seed] = json.loads(kept.read_text(encoding="utf-8"))
     return evaluations
+
+
+def measured(experiment: Experiment, config: Config, weights: str) -> dict[str, Any]:
+    """All measures of one run, in the form of evaluation.json, without intervals: seeds give these."""
+    translator = cyclegan_fast.load(config.run_dir, device="cpu", precision="fp32", weights=weights)
+    directions = {}
+    for direction in DIRECTIONS:
+        source, target = (experiment.pictures[f"test{domain}"] for domain in (direction[0], direction[-1]))
+        there, back = (partial(translator.translate, direction=way) for way in (direction, OTHER_WAY[direction]))
+        signed = torch.from_numpy(source).permute(0, 3, 1, 2).float() / 127.5 - 1
+        made, again = through_cycle(there, back, signed)
+        pictures = np.ascontiguousarray(made.add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
+        found = experiment.compared(pictures, direction)["measures"] | of_themselves(pictures)
+        found["hallucination"] = float(hallucination(signed, made, again, value_range=(-1, 1)).share.mean())
+        untouched = experiment.compared(source, direction)["measures"] | of_themselves(source)
+        real = of_themselves(target)
+        directions[direction] = {
+            "metrics": {
+                name: {"value": value, "untouched": {"value": untouched.get(name)}, "target": {"value": real.get(name)}}
+                for name, value in found.items()
+            },
+            "pictures": [],
+        }
+    return {"provenance": {"weights": weights, "sources": provenance()["sources"]}, "directions": directions}
+
+
+def of_themselves(pictures: Pixels) -> dict[str, float]:
+    """What is measured of pictures uint8 [N, H, W, 3] alone; means over them."""
+    images = torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)))
+    contrast = checkerboard(images).contrast.mean(dim=0).tolist()
+    return {
+        "checkerboard_2": contrast[0],
+        "checkerboard_4": contrast[1],
+        "separation": float(depth_of_field(images).separation.mean()),
+        "noise": float(noise(images).nanmean()),
+    }
 
 
 def arms_table(task: Task) -> list[dict[str, Any]]:

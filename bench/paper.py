@@ -232,7 +232,7 @@ def sets(chosen: argparse.Namespace) -> list[Pictures]:
     if chosen.small:
         flowers = photos = Reduction(32, 36, ngf=4, blocks=1, epochs=2, pictures=6, tests=5)
     elif chosen.reduced:
-        flowers = Reduction(64, 72, ngf=16, blocks=3, epochs=9, pictures=100, tests=60)
+        flowers = Reduction(72, 96, ngf=16, blocks=3, epochs=10, pictures=120, tests=60)
         photos = Reduction(96, 108, ngf=16, blocks=4, epochs=5, pictures=250, tests=100)
     side = f"{flowers.load}-{flowers.pictures}" if flowers else f"{PAPER_SIZE}-{PAPER_PICTURES}"
     found = [Pictures("flowers", "Synthetic flowers", chosen.work / f"flowers-{side}", flowers)]

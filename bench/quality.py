@@ -38,15 +38,13 @@ class Column:
         return f"{rounded:{'+' if sign else ''}.{self.digits}f}"
 
     def interval(self, found: Mapping[str, float | None] | Difference | None, *, sign: bool = False) -> str:
-        """Value (low to high)."""
+        """Value (low to high); the value alone where it has no interval."""
         if found is None:
             return ""
         ends = vars(found) if isinstance(found, Difference) else found
         value = ends["mean"] if isinstance(found, Difference) else ends["value"]
-        if value is None:
-            return ""
-        low, high = (self.shown(ends[name], sign=sign) for name in ("low", "high"))
-        return f"{self.shown(value, sign=sign)} ({low} to {high})"
+        low, high = (self.shown(ends.get(name), sign=sign) for name in ("low", "high"))
+        return f"{self.shown(value, sign=sign)} ({low} to {high})" if low else self.shown(value, sign=sign)
 
 
 COLUMNS = {
