@@ -1,4 +1,4 @@
-"""bench/ablation.py and bench/paper.py: their arms and reduced recipes are what they say, and toy runs come to a table."""
+"""bench/ablation.py and bench/paper.py: arms and reduced recipes are what they say, and toy runs come to a table."""
 
 from __future__ import annotations
 
