@@ -234,7 +234,7 @@ def measured(experiment: Experiment, config: Config, weights: str) -> dict[str, 
         made, again = through_cycle(there, back, signed)
         pictures = np.ascontiguousarray(made.add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
         found = experiment.compared(pictures, direction)["measures"] | of_themselves(pictures)
-        found["hallucination"] = float(hallucination(signed, made, again, value_range=(-1, 1)).share.mean())
+        found["hallucination"] = 100 * float(hallucination(signed, made, again, value_range=(-1, 1)).share.mean())
         untouched = experiment.compared(source, direction)["measures"] | of_themselves(source)
         real = of_themselves(target)
         directions[direction] = {

@@ -56,7 +56,7 @@ COLUMNS = {
     "checkerboard_2": Column("checkerboard of 2 pixels, contrast", 2),
     "checkerboard_4": Column("checkerboard of 4 pixels, contrast", 2),
     "separation": Column("subject over background, octaves", 2),
-    "hallucination": Column("hallucination, %", 1, 100),
+    "hallucination": Column("hallucination, %", 1),
     "noise": Column("noise, levels", 2),
 }
 

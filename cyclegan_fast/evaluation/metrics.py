@@ -9,9 +9,10 @@ float64, but for the projections of the Wasserstein distance, which are float32.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,7 @@ __all__ = [
     "MS_SSIM_WEIGHTS",
     "Checkerboard",
     "Interval",
+    "ReferenceSet",
     "SlicedWasserstein",
     "bootstrap",
     "checkerboard",
@@ -125,10 +127,18 @@ def _blur(x: Tensor) -> Tensor:
 
 
 def _separable(x: Tensor, window: Tensor) -> Tensor:
-    """Correlate the rows and the columns of every channel of [N, C, H, W] with a window [K]; no padding."""
-    flat = F.conv2d(x.flatten(0, 1)[:, None], window.view(1, 1, 1, -1))
-    flat = F.conv2d(flat, window.view(1, 1, -1, 1))
-    return flat.view(*x.shape[:2], *flat.shape[2:])
+    """Correlate the rows and the columns of every channel of [N, C, H, W] with a window [K]; no padding.
+
+    Sums of shifted pictures: ten times as fast on a CPU as a convolution, which is not made for one channel in float64.
+    """
+    for axis in (3, 2):
+        length = x.shape[axis] - len(window) + 1
+        shifted = [x.narrow(axis, i, length) for i in range(len(window))]
+        weights = window.tolist()
+        x = shifted[0] * weights[0]
+        for part, weight in zip(shifted[1:], weights[1:], strict=True):
+            x.add_(part, alpha=weight)
+    return x
 
 
 # Sets of pictures
@@ -186,24 +196,70 @@ def sliced_wasserstein(
     fewest = min(batch.shape[0] for batch in batches)
     # The number of the group of each patch; pictures, not patches, are what was drawn independently.
     group = (torch.arange(fewest) * groups // fewest).repeat_interleave(patches) if groups else None
+    draws = _Draws(fewest * patches, directions, seed)
     levels: dict[int, float] = {}
     left_out: list[Floats] = []
-    for number, (level, other_level) in enumerate(zip(*(_pyramid(batch, smallest) for batch in batches), strict=True)):
-        random = np.random.default_rng((seed, number))
-        places = random.random((2, fewest * patches))
-        drawn = [_patches(level, places), _patches(other_level, places)]
-        known = [_mean_std(drawn[0]), _mean_std(drawn[0 if statistics == "reference" else 1])]
-        vectors = random.standard_normal((drawn[0][0].numel(), directions))
-        rows = [_projections(patch, *ms, vectors) for patch, ms in zip(drawn, known, strict=True)]
-        levels[min(level.shape[2:])] = _mean_difference(*(row.values for row in rows))
+    for number, (level, other_level) in enumerate(
+        zip(*(laplacian_pyramid(batch, smallest) for batch in batches), strict=True)
+    ):
+        first = _slices(level, number, draws)
+        second = _slices(other_level, number, draws, first.mean_std if statistics == "reference" else None)
+        levels[first.side] = _mean_difference(first.sorted, second.sorted)
         if group is not None:
-            left_out.append(_without_each(rows, group.to(level.device), groups))
+            left_out.append(_without_each([first, second], group.to(level.device), groups))
     mean = sum(levels.values()) / len(levels)
     if not left_out:
         return SlicedWasserstein(levels, mean)
     errors = [_jackknife_error(values) for values in left_out]
     mean_error = _jackknife_error(np.mean(left_out, axis=0))
     return SlicedWasserstein(levels, mean, dict(zip(levels, errors, strict=True)), mean_error)
+
+
+class ReferenceSet:
+    """A set that others are compared with again and again: its part of `sliced_wasserstein` is computed once and kept.
+
+    ``count`` is the number of pictures of each of the others; the rest as in `sliced_wasserstein`, which gives the same
+    distances to the bit. Kept are ``4 patches directions`` bytes for each level and each picture of the smaller set, on
+    the device of the pictures. Raises InputError as there.
+    """
+
+    def __init__(
+        self,
+        reference: Pictures,
+        count: int,
+        *,
+        value_range: Range = None,
+        statistics: str = "own",
+        patches: int = 128,
+        directions: int = 512,
+        smallest: int = 16,
+        seed: int = 0,
+    ) -> None:
+        batch = as_batch(reference, value_range, "reference")
+        if count < 1:
+            raise InputError(f"count = {count!r} is not allowed: an integer >= 1")
+        others = batch[:1].expand(count, *batch.shape[1:])
+        _check_sets([batch, others], statistics, patches, directions, smallest, 0)
+        self._shape, self._device, self._smallest = tuple(others.shape), batch.device, smallest
+        self._draws = _Draws(min(len(batch), count) * patches, directions, seed)
+        self._own = statistics == "own"
+        self._levels = [
+            dataclasses.replace(slices, order=None)
+            for slices in (_slices(level, i, self._draws) for i, level in enumerate(laplacian_pyramid(batch, smallest)))
+        ]
+
+    def distance(self, other: Pictures, *, value_range: Range = None) -> SlicedWasserstein:
+        """The distance of a set of ``count`` pictures of the reference's shape, without standard errors."""
+        batch = as_batch(other, value_range, "other").to(self._device)
+        if batch.shape != self._shape:
+            raise InputError(f"other has shape {list(batch.shape)}, but {list(self._shape)} was announced")
+        levels: dict[int, float] = {}
+        for number, (known, level) in enumerate(
+            zip(self._levels, laplacian_pyramid(batch, self._smallest), strict=True)
+        ):
+            found = _slices(level, number, self._draws, None if self._own else known.mean_std)
+            levels[known.side] = _mean_difference(known.sorted, found.sorted)
+        return SlicedWasserstein(levels, sum(levels.values()) / len(levels))
 
 
 def _check_sets(
@@ -224,7 +280,7 @@ def _check_sets(
         raise InputError(f"groups = {groups!r} is not allowed: 0, or 2 to the number of pictures, here {fewest}")
 
 
-def _pyramid(images: Tensor, smallest: int) -> Iterator[Tensor]:
+def laplacian_pyramid(images: Tensor, smallest: int) -> Iterator[Tensor]:
     """Laplacian pyramid of [N, C, H, W], finest level first; the last one is what is left and no difference."""
     window = torch.tensor(_BINOMIAL, dtype=images.dtype, device=images.device)
     while (min(images.shape[2:]) + 1) // 2 >= smallest:
@@ -241,10 +297,13 @@ def _mirrored(x: Tensor) -> Tensor:
     return F.pad(x, (2, 2, 2, 2), mode="reflect")
 
 
-def _patches(images: Tensor, places: Floats) -> Tensor:
-    """Patches [P, C, 7, 7], as many of each picture of [N, C, H, W], at places [2, P]: y and x, each in [0, 1)."""
+def cut_patches(images: Tensor, places: Floats, picture: Tensor | None = None) -> Tensor:
+    """Patches [P, C, 7, 7] of [N, C, H, W] at places [2, P]: y and x, each in [0, 1).
+
+    ``picture``, int64 [P], says of which pictures; None: as many of each.
+    """
     count, device = places.shape[1], images.device
-    picture = torch.arange(count, device=device) * images.shape[0] // count
+    picture = torch.arange(count, device=device) * images.shape[0] // count if picture is None else picture
     corners = [
         torch.from_numpy((place * (side - 6)).astype(np.int64)).to(device)
         for place, side in zip(places, images.shape[2:], strict=True)
@@ -259,10 +318,38 @@ def _patches(images: Tensor, places: Floats) -> Tensor:
     ]
 
 
-def _mean_std(patches: Tensor) -> tuple[Tensor, Tensor]:
+def channel_mean_std(patches: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation [1, C, 1, 1] of the channels; 1 for the deviation of what is flat."""
     std, mean = torch.std_mean(patches, dim=(0, 2, 3), correction=0, keepdim=True)
     return mean, torch.where(std < _FLAT, torch.ones_like(std), std)
+
+
+class _Draws(NamedTuple):
+    """What decides the random places and directions of all levels."""
+
+    patches: int  # of a set in all
+    directions: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class _Slices:
+    """A level of one set: its shorter side, its channels' statistics, and its projections [D, P], sorted."""
+
+    side: int
+    mean_std: tuple[Tensor, Tensor]
+    sorted: Tensor
+    order: Tensor | None
+
+
+def _slices(level: Tensor, number: int, draws: _Draws, mean_std: tuple[Tensor, Tensor] | None = None) -> _Slices:
+    """The patches of level `number`, [N, C, H, W], normalised by their own statistics or by those given."""
+    random = np.random.default_rng((draws.seed, number))
+    patches = cut_patches(level, random.random((2, draws.patches)))
+    vectors = random.standard_normal((patches[0].numel(), draws.directions))
+    mean_std = mean_std or channel_mean_std(patches)
+    rows = _projections(patches, *mean_std, vectors)
+    return _Slices(min(level.shape[2:]), mean_std, rows.values, rows.indices)
 
 
 def _projections(patches: Tensor, mean: Tensor, std: Tensor, vectors: Floats) -> torch.return_types.sort:
@@ -277,11 +364,11 @@ def _mean_difference(first: Tensor, second: Tensor) -> float:
     return float((first - second).abs().mean(dtype=torch.float64))
 
 
-def _without_each(rows: list[torch.return_types.sort], group: Tensor, groups: int) -> Floats:
+def _without_each(sets: list[_Slices], group: Tensor, groups: int) -> Floats:
     """The distance without each of the groups: what is left of a sorted row is sorted already."""
     return np.array(
         [
-            _mean_difference(*(row.values[(group != g)[row.indices]].view(len(row.values), -1) for row in rows))
+            _mean_difference(*(one.sorted[(group != g)[one.order]].view(len(one.sorted), -1) for one in sets))
             for g in range(groups)
         ]
     )
