@@ -104,6 +104,7 @@ ARMS = [
     _variant("twice as long", length=2.0, why="twice the steps and the compute, decay in the second half"),
     _variant("batch 4", "training.batch=4", why="as many updates of four pairs: four times the compute"),
 ]
+Beside = dict[str, tuple[dict[str, float], dict[str, float]]]
 OTHER_WAY = {"AtoB": "BtoA", "BtoA": "AtoB"}
 GROUPS = (ARMS[:9], ARMS[9:11], ARMS[11:13], ARMS[13:14], ARMS[14:])
 """What is trained first with all seeds, then second: what a cut leaves can be compared."""
@@ -208,7 +209,7 @@ def train_all(experiment: Experiment, arms: Sequence[Variant], seeds: int, deadl
 
 def measure_all(experiment: Experiment, arms: Sequence[Variant], seeds: int, *, again: bool) -> Evaluations:
     """What is found of all runs that are trained to their end."""
-    evaluations = Evaluations()
+    evaluations, beside = Evaluations(), untrained(experiment)
     for arm, seed in itertools.product(arms, range(seeds)):
         config = config_of(experiment.task, arm, seed, experiment.work)
         if not finished(config, config.training.steps or 0):
@@ -218,25 +219,35 @@ def measure_all(experiment: Experiment, arms: Sequence[Variant], seeds: int, *, 
             name = arm.name if weights == "raw" else f"{arm.name}, averaged"
             kept = config.run_dir / f"measured-{weights}.json"
             if again or not kept.exists():
-                write(kept, json.dumps(measured(experiment, config, weights)))
+                write(kept, json.dumps(measured(experiment, config, weights, beside)))
             evaluations.found[name, seed] = json.loads(kept.read_text(encoding="utf-8"))
     return evaluations
 
 
-def measured(experiment: Experiment, config: Config, weights: str) -> dict[str, Any]:
+def untrained(experiment: Experiment) -> Beside:
+    """The measures of the input pictures and of the target's real ones, by direction."""
+    found = {}
+    for direction in DIRECTIONS:
+        source, target = (experiment.pictures[f"test{domain}"] for domain in (direction[0], direction[-1]))
+        found[direction] = (
+            experiment.compared(source, direction)["measures"] | of_themselves(source),
+            of_themselves(target),
+        )
+    return found
+
+
+def measured(experiment: Experiment, config: Config, weights: str, beside: Beside) -> dict[str, Any]:
     """All measures of one run, in the form of evaluation.json, without intervals: seeds give these."""
     translator = cyclegan_fast.load(config.run_dir, device="cpu", precision="fp32", weights=weights)
     directions = {}
     for direction in DIRECTIONS:
-        source, target = (experiment.pictures[f"test{domain}"] for domain in (direction[0], direction[-1]))
+        source, (untouched, real) = experiment.pictures[f"test{direction[0]}"], beside[direction]
         there, back = (partial(translator.translate, direction=way) for way in (direction, OTHER_WAY[direction]))
         signed = torch.from_numpy(source).permute(0, 3, 1, 2).float() / 127.5 - 1
         made, again = through_cycle(there, back, signed)
         pictures = np.ascontiguousarray(made.add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
         found = experiment.compared(pictures, direction)["measures"] | of_themselves(pictures)
         found["hallucination"] = 100 * float(hallucination(signed, made, again, value_range=(-1, 1)).share.mean())
-        untouched = experiment.compared(source, direction)["measures"] | of_themselves(source)
-        real = of_themselves(target)
         directions[direction] = {
             "metrics": {
                 name: {"value": value, "untouched": {"value": untouched.get(name)}, "target": {"value": real.get(name)}}

@@ -249,10 +249,10 @@ class ResnetGenerator(nn.Module):
     other size goes through `model` as it is. State-dict keys are those of the de-facto implementation.
 
     preset: ``original`` or ``keras``; affine: norms with a scale and a shift for each channel, and no biases before
-    them, in preset ``original`` too; gamma: mean of the initial scales, None for the preset's (1, `keras` 0); upsample: ``transposed`` or ``resize`` (`ResizeConv2d`, whose weights have the
-    keys of the transposed convolutions and the shape of a convolution); init_gain: standard deviation of the normal
-    initialisation, drawn from torch's default generator. Raises ValueError for an impossible argument and for an input
-    of another shape.
+    them, in preset ``original`` too; gamma: mean of the initial scales, None for the preset's (1, in ``keras`` 0);
+    upsample: ``transposed`` or ``resize`` (`ResizeConv2d`, whose weights have the keys of the transposed convolutions
+    and the shape of a convolution); init_gain: standard deviation of the normal initialisation, drawn from torch's
+    default generator. Raises ValueError for an impossible argument and for an input of another shape.
     """
 
     def __init__(
