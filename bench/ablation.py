@@ -209,7 +209,7 @@ def train_all(experiment: Experiment, arms: Sequence[Variant], seeds: int, deadl
 
 def measure_all(experiment: Experiment, arms: Sequence[Variant], seeds: int, *, again: bool) -> Evaluations:
     """What is found of all runs that are trained to their end."""
-    evaluations, beside = Evaluations(), untrained(experiment)
+    evaluations, beside = Evaluations(), baselines(experiment)
     for arm, seed in itertools.product(arms, range(seeds)):
         config = config_of(experiment.task, arm, seed, experiment.work)
         if not finished(config, config.training.steps or 0):
@@ -224,7 +224,7 @@ def measure_all(experiment: Experiment, arms: Sequence[Variant], seeds: int, *, 
     return evaluations
 
 
-def untrained(experiment: Experiment) -> Beside:
+def baselines(experiment: Experiment) -> Beside:
     """The measures of the input pictures and of the target's real ones, by direction."""
     found = {}
     for direction in DIRECTIONS:
