@@ -6,6 +6,8 @@
 #     OUT=results bash bench/gpu.sh          # PYTHON=python3 TOTAL=540
 #     PAPER=1 OUT=results bash bench/gpu.sh  # only the paper's whole training: 500 + 500 pictures, 50 epochs, timed
 #
+# bench/paper.sh trains all three recipes of configs/paper and measures what they learn.
+#
 # Leaves in $OUT, at most ten files: summary.md (what ran, how it ended, how long it took, and all tables),
 # provenance.json, overhead.json, step.json, translate.json, photo.json, ops.json, ops.md, tests.log; build.log only if
 # the build failed.
@@ -130,7 +132,7 @@ paper_pictures() {
 
 paper_training() {
     local begin=$SECONDS code
-    "$PYTHON" train.py --config configs/iphone2dslr_keras.yaml "data.root=$WORK/flowers" data.limit_test=8 \
+    "$PYTHON" train.py --config configs/paper/keras.yaml "data.root=$WORK/flowers" data.limit_test=8 \
         "out=$WORK/runs" name=paper training.precision=auto training.mode=graph checkpoint.every_minutes=0 \
         checkpoint.every_epochs=10 monitor.images_every=10 monitor.log_every=250 monitor.progress=false
     code=$?

@@ -214,11 +214,12 @@ def figure(experiment: Experiment, count: int = 3) -> Image.Image:
         for name, translator in (("untrained", untrained), ("trained", trained)):
             columns[f"{arm.name}, {name}"] = translated(translator, columns["phone"], "AtoB")
     columns["truth"] = experiment.pictures["truthB"][:count]
-    rows = [[_enlarged(pixels[i]) for pixels in columns.values()] for i in range(count)]
+    rows = [[enlarged(pixels[i]) for pixels in columns.values()] for i in range(count)]
     return grid(rows, column_titles=list(columns), row_titles=[""] * count, title="")
 
 
-def _enlarged(pixels: Pixels) -> Image.Image:
+def enlarged(pixels: Pixels) -> Image.Image:
+    """Each pixel as a square of four."""
     image = Image.fromarray(pixels)
     return image.resize((2 * image.width, 2 * image.height), Image.Resampling.NEAREST)
 

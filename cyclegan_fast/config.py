@@ -176,6 +176,12 @@ class ModelConfig:
         "norms with a scale and a shift for each channel, and no biases before them; `keras` has them in any case. One "
         "pair at a time, that is what the de-facto `--norm batch` computes",
     )
+    gamma: float | None = _option(
+        None,
+        "affine norms only: mean of the scales that training begins with; null: 1, and 0 with `keras`, as its example "
+        "draws them (docs/quality.md)",
+        low=0,
+    )
     channels_A: int = _option(3, "channels of domain A: 1 gray, 2 gray + alpha, 3 RGB, 4 RGB + alpha", low=1, high=4)
     channels_B: int = _option(3, "channels of domain B, likewise", low=1, high=4)
     blocks: int = _option(
@@ -751,13 +757,19 @@ def _check_measures(config: Config) -> None:
 
 
 def _check_generator(config: Config) -> None:
-    """Refuse settings that a U-Net does not have."""
+    """Refuse settings that a U-Net, or networks without affine norms, do not have."""
     model = config.model
+    if model.gamma is not None and (model.method == "augmented" or not (model.affine or model.preset == "keras")):
+        raise ConfigError(
+            f"model.gamma = {model.gamma} needs affine norms: set model.affine=true or model.preset=keras, with "
+            "model.method=cyclegan or pix2pix"
+        )
     if model.generator == "resnet":
         return
     for name, value, only in (
         ("model.preset", model.preset, "original"),
         ("model.upsample", model.upsample, "transposed"),
+        ("model.gamma", model.gamma, None),
         ("training.recompute", config.training.recompute, False),
     ):
         if value != only:

@@ -6,7 +6,6 @@ The notation follows the code, with the paper's beside it where both are shown: 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,6 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 from cyclegan_fast.atomic import replacing
 from cyclegan_fast.data.photo import open_photo
 from cyclegan_fast.errors import InputError
+from cyclegan_fast.evaluation.records import CURVES, Curve, curve_values, generator_terms, loss_records, running_mean
 from cyclegan_fast.inference.translate import Translator, load
 from cyclegan_fast.training.checkpoint import CheckpointError, find_checkpoint
 
@@ -64,7 +64,7 @@ def grid(
     """
     row_titles = [""] * len(rows) if row_titles is None else row_titles
     _check_grid(rows, column_titles, row_titles, cell)
-    pictures = [[_fit(_to_rgb(picture), cell) for picture in row] for row in rows]
+    pictures = [[_fit(to_rgb(picture), cell) for picture in row] for row in rows]
     layout = _Layout(
         widths=[max(row[column].width for row in pictures) for column in range(len(column_titles))],
         heights=[max(picture.height for picture in row) for row in pictures],
@@ -189,14 +189,14 @@ def curves_figure(scalars_jsonl: str | Path, out: str | Path) -> None:
     Raises InputError naming ``scalars_jsonl`` when it is missing or holds no losses, and naming ``out`` when it
     cannot be written.
     """
-    records = _read_records(Path(scalars_jsonl))
+    records = loss_records(Path(scalars_jsonl))
     epochs = np.array([record["epoch"] for record in records], dtype=np.float64)
     figure = Figure(figsize=(7.2, 5.2), layout="constrained")
     FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    _panel(upper, epochs, records, _CURVES[:2])
-    _panel(lower, epochs, records, _CURVES[2:])
-    upper.set_ylabel(_terms(records))
+    _panel(upper, epochs, records, CURVES[:2])
+    _panel(lower, epochs, records, CURVES[2:])
+    upper.set_ylabel("Generator loss\n" + " + ".join(generator_terms(records)))
     lower.set_ylabel("Discriminator loss")
     lower.set_xlabel("Epoch")
     lower.set_xlim(0, max(float(epochs.max()), 1e-6))
@@ -253,7 +253,7 @@ def _check_grid(
         raise ValueError(f"there are {len(rows)} rows, but {len(row_titles)} row_titles")
 
 
-def _to_rgb(picture: Picture) -> Image.Image:
+def to_rgb(picture: Picture) -> Image.Image:
     """RGB copy of a picture, alpha laid over white."""
     image = _as_image(picture)
     if not image.has_transparency_data:
@@ -380,90 +380,14 @@ def _names(inputs: Sequence[Input]) -> list[str]:
     return ["" if isinstance(item, Image.Image) else Path(item).stem for item in inputs]
 
 
-@dataclass(frozen=True)
-class _Curve:
-    label: str
-    color: str
-    terms: tuple[str, ...]
-
-
-# The colours are told apart by the colour-blind too (Okabe and Ito).
-_CURVES = (
-    _Curve(r"$G_A$  ($G$: A → B)", "#0072B2", ("G_A", "cycle_B", "idt_A", "L1_A")),
-    _Curve(r"$G_B$  ($F$: B → A)", "#D55E00", ("G_B", "cycle_A", "idt_B", "L1_B")),
-    _Curve(r"$D_A$  ($D_Y$: judges B)", "#0072B2", ("D_A",)),
-    _Curve(r"$D_B$  ($D_X$: judges A)", "#D55E00", ("D_B",)),
-)
-
-
-def _read_records(path: Path) -> list[dict[str, Any]]:
-    """The records with losses, one a step, by step."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise InputError(f"cannot read the scalars {path}: {error.strerror}") from None
-    by_step: dict[int, dict[str, Any]] = {}
-    last = -1
-    for line in lines:
-        record = _parse(line)
-        if record is None:
-            continue
-        step = record["step"]
-        if step < last:  # resumed from an earlier step: what came after it is not part of the run any more
-            by_step = {known: value for known, value in by_step.items() if known <= step}
-        by_step[step] = {**by_step.get(step, {}), **record}
-        last = step
-    names = {curve.terms[0] for curve in _CURVES}
-    records = [by_step[step] for step in sorted(by_step) if names & by_step[step].keys()]
-    if not records:
-        raise InputError(
-            f"{path} holds no losses: it needs lines of JSON with step, epoch and {', '.join(sorted(names))}"
-        )
-    return records
-
-
-def _parse(line: str) -> dict[str, Any] | None:
-    """One line as a record, or None for a line that is cut off or something else."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-        return None
-    epoch = record.get("epoch")
-    return record if isinstance(epoch, (int, float)) and np.isfinite(epoch) else None
-
-
-def _values(records: Sequence[dict[str, Any]], curve: _Curve) -> Floats:
-    """Sum of a curve's terms [records]; NaN where the first is missing or any is null."""
-
-    def value(record: dict[str, Any]) -> float:
-        if curve.terms[0] not in record:
-            return float("nan")
-        terms = [record.get(name, 0.0) for name in curve.terms]
-        return sum(float("nan") if term is None else float(term) for term in terms)
-
-    return np.array([value(record) for record in records], dtype=np.float64)
-
-
-def _running_mean(values: Floats, window: int) -> Floats:
-    """Mean of each value and ``window // 2`` on either side, fewer at the ends; what is not finite stays a gap."""
-    half = window // 2
-    inside = slice(half, half + len(values))
-    finite = np.isfinite(values)
-    total = np.convolve(np.where(finite, values, 0.0), np.ones(2 * half + 1))[inside]
-    count = np.convolve(finite.astype(np.float64), np.ones(2 * half + 1))[inside]
-    return np.where(finite, total / np.maximum(count, 1.0), np.nan)
-
-
-def _panel(axes: Axes, epochs: Floats, records: Sequence[dict[str, Any]], curves: Sequence[_Curve]) -> None:
+def _panel(axes: Axes, epochs: Floats, records: Sequence[dict[str, Any]], curves: Sequence[Curve]) -> None:
     """Draw some curves, with a vertical range that a few outliers cannot stretch."""
     shown: list[Floats] = []
     lost: list[Floats] = []
     window = max(1, len(epochs) // 15)
     for curve in [curve for curve in curves if any(curve.terms[0] in record for record in records)] or curves:
-        values = _values(records, curve)
-        smooth = _running_mean(values, window)
+        values = curve_values(records, curve)
+        smooth = running_mean(values, window)
         finite = np.isfinite(values)
         dots = "o" if finite.sum() < 20 else None
         axes.plot(epochs, np.where(finite, values, np.nan), color=curve.color, alpha=0.25, linewidth=0.7)
@@ -498,13 +422,6 @@ def _limits(values: Floats) -> tuple[float, float]:
     low = min(0.0, low * 1.1)
     high = high + 0.22 * (high - low)  # room for the legend
     return (low, high) if high > low else (low, low + 1.0)
-
-
-def _terms(records: Sequence[dict[str, Any]]) -> str:
-    """Label of the generators' axis: which terms the sum has in this run."""
-    names = {"cycle_A": "cycle", "idt_A": "identity", "L1_A": "L1", "L1_B": "L1"}
-    present = [word for key, word in names.items() if any(key in record for record in records)]
-    return "Generator loss\n" + " + ".join(["adversarial", *present])
 
 
 def _save_figure(figure: Figure, out: Path) -> None:

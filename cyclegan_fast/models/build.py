@@ -95,6 +95,7 @@ def _generator(model: ModelConfig, in_channels: int, out_channels: int, *, impl:
         model.blocks,
         preset=model.preset,
         affine=model.affine,
+        gamma=model.gamma,
         upsample=model.upsample,
         dropout=model.dropout,
         init_gain=model.init_gain,
@@ -105,7 +106,7 @@ def _generator(model: ModelConfig, in_channels: int, out_channels: int, *, impl:
 
 def _discriminator(model: ModelConfig, channels: int, *, impl: str) -> Discriminator:
     options: dict[str, Any] = {"preset": model.preset, "affine": model.affine, "init_gain": model.init_gain}
-    options["spectral_norm"] = model.spectral_norm
+    options |= {"gamma": model.gamma, "spectral_norm": model.spectral_norm}
     if model.discriminator == "patch":
         return PatchDiscriminator(channels, model.ndf, model.discriminator_layers, impl=impl, **options)
     if model.discriminator == "pixel":

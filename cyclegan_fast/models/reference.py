@@ -249,10 +249,10 @@ class ResnetGenerator(nn.Module):
     other size goes through `model` as it is. State-dict keys are those of the de-facto implementation.
 
     preset: ``original`` or ``keras``; affine: norms with a scale and a shift for each channel, and no biases before
-    them, in preset ``original`` too; upsample: ``transposed`` or ``resize`` (`ResizeConv2d`, whose weights have the
-    keys of the transposed convolutions and the shape of a convolution); init_gain: standard deviation of the normal
-    initialisation, drawn from torch's default generator. Raises ValueError for an impossible argument and for an input
-    of another shape.
+    them, in preset ``original`` too; gamma: mean of the initial scales, None for the preset's (1, in ``keras`` 0);
+    upsample: ``transposed`` or ``resize`` (`ResizeConv2d`, whose weights have the keys of the transposed convolutions
+    and the shape of a convolution); init_gain: standard deviation of the normal initialisation, drawn from torch's
+    default generator. Raises ValueError for an impossible argument and for an input of another shape.
     """
 
     def __init__(
@@ -264,12 +264,13 @@ class ResnetGenerator(nn.Module):
         *,
         preset: str = "original",
         affine: bool = False,
+        gamma: float | None = None,
         upsample: str = "transposed",
         dropout: bool = False,
         init_gain: float = 0.02,
     ) -> None:
         super().__init__()
-        style = _style(preset, affine)
+        style = _style(preset, affine, gamma)
         _check_positive(in_channels=in_channels, out_channels=out_channels, ngf=ngf, blocks=blocks)
         self.in_channels = in_channels
         layers: list[nn.Module] = [
@@ -325,11 +326,12 @@ class PatchDiscriminator(nn.Module):
         *,
         preset: str = "original",
         affine: bool = False,
+        gamma: float | None = None,
         spectral_norm: bool = False,
         init_gain: float = 0.02,
     ) -> None:
         super().__init__()
-        style = _style(preset, affine)
+        style = _style(preset, affine, gamma)
         _check_positive(in_channels=in_channels, ndf=ndf, layers=layers)
         self.in_channels = in_channels
         self.layers = layers
@@ -384,11 +386,12 @@ class PixelDiscriminator(nn.Module):
         *,
         preset: str = "original",
         affine: bool = False,
+        gamma: float | None = None,
         spectral_norm: bool = False,
         init_gain: float = 0.02,
     ) -> None:
         super().__init__()
-        style = _style(preset, affine)
+        style = _style(preset, affine, gamma)
         _check_positive(in_channels=in_channels, ndf=ndf)
         self.in_channels = in_channels
         self.net = nn.Sequential(
@@ -473,12 +476,21 @@ def extend(x: Tensor, dim: int, multiple: int = _SIDE_MULTIPLE, minimum: int = _
     return F.pad(x, padding, mode="replicate")
 
 
-def _style(preset: str, affine: bool = False) -> _Style:
-    """The preset's, with affine norms also where it has none, and then without the biases before them."""
+def _style(preset: str, affine: bool = False, gamma: float | None = None) -> _Style:
+    """The preset's, with affine norms also where it has none, and then without the biases before them.
+
+    gamma: mean of their initial scales, if not the preset's. Raises ValueError where there are no scales.
+    """
     if preset not in _STYLES:
         raise ValueError(f"preset = {preset!r} is not known: one of {', '.join(_STYLES)}")
     style = _STYLES[preset]
-    return replace(style, affine=True, hidden_bias=False) if affine else style
+    if affine:
+        style = replace(style, affine=True, hidden_bias=False)
+    if gamma is None:
+        return style
+    if not style.affine:
+        raise ValueError(f"gamma = {gamma} is not possible without affine norms: affine=True or preset='keras'")
+    return replace(style, scale=gamma)
 
 
 def _check_positive(**counts: int) -> None:

@@ -17,6 +17,7 @@ from cyclegan_fast.config import from_dict, to_dict
 from cyclegan_fast.errors import InputError
 from cyclegan_fast.evaluation import figures
 from cyclegan_fast.evaluation.figures import curves_figure, cycle_figure, grid, progress_figure, translation_figure
+from cyclegan_fast.evaluation.records import running_mean
 from cyclegan_fast.inference.translate import load
 from cyclegan_fast.models import build_generators
 from cyclegan_fast.training.checkpoint import CheckpointError, milestone_path, step_path, write_checkpoint
@@ -377,9 +378,9 @@ def test_one_outlier_does_not_flatten_the_rest(tmp_path: Path, drawn: Callable[[
 
 def test_running_mean() -> None:
     values = np.array([1.0, 2.0, np.nan, 4.0, 9.0])
-    np.testing.assert_allclose(figures._running_mean(values, 3), [1.5, 1.5, np.nan, 6.5, 6.5])
-    np.testing.assert_allclose(figures._running_mean(values, 1), values)
-    np.testing.assert_allclose(figures._running_mean(values[:2], 9), [1.5, 1.5])
+    np.testing.assert_allclose(running_mean(values, 3), [1.5, 1.5, np.nan, 6.5, 6.5])
+    np.testing.assert_allclose(running_mean(values, 1), values)
+    np.testing.assert_allclose(running_mean(values[:2], 9), [1.5, 1.5])
 
 
 def test_vector_formats_and_folders_are_made(tmp_path: Path) -> None:

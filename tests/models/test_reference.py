@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -151,6 +152,17 @@ def test_norms_without_affine_hold_nothing() -> None:
     assert len(norms) == 7
     assert all(not list(norm.parameters()) and not list(norm.buffers()) for norm in norms)
     assert not list(G.buffers())
+
+
+@pytest.mark.parametrize(("options", "mean"), [({}, 1.0), ({"gamma": 0.0}, 0.0), ({"gamma": 0.5}, 0.5)])
+@pytest.mark.parametrize("network", [ResnetGenerator, PatchDiscriminator, PixelDiscriminator])
+def test_affine_norms_begin_around_gamma(network: Any, options: dict[str, float], mean: float) -> None:
+    torch.manual_seed(0)
+    made = network(3, 3, 64, affine=True, **options) if network is ResnetGenerator else network(affine=True, **options)
+    scales = torch.cat([module.weight for module in made.modules() if isinstance(module, InstanceNorm)])
+    assert len(scales) >= 128
+    assert scales.mean().item() == pytest.approx(mean, abs=0.02 * 5 / math.sqrt(len(scales)))
+    assert scales.std().item() == pytest.approx(0.02, rel=0.4)
 
 
 def np_conv(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, stride: int, before: int, size: tuple) -> np.ndarray:
@@ -403,6 +415,8 @@ def test_impossible_arguments_are_refused() -> None:
         ResnetGenerator(preset="tensorflow")
     with pytest.raises(ValueError, match="upsample = 'bilinear' is not known: one of transposed, resize"):
         ResnetGenerator(upsample="bilinear")
+    with pytest.raises(ValueError, match=r"gamma = 0.0 is not possible without affine norms"):
+        ResnetGenerator(gamma=0.0)
     with pytest.raises(ValueError, match="blocks = 0"):
         ResnetGenerator(blocks=0)
     with pytest.raises(ValueError, match="layers = 0"):

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import html
-from pathlib import Path
 
+from cyclegan_fast import comparison as compare
 from cyclegan_fast.inference.demo.limits import Limits
 from cyclegan_fast.inference.demo.workbench import Translated
 
-__all__ = ["COMPARE_CSS", "COMPARE_JS", "LABELS", "comparison", "introduction", "message"]
+__all__ = ["LABELS", "comparison", "introduction", "message"]
 
-COMPARE_CSS = Path(__file__).with_name("compare.css")
-COMPARE_JS = Path(__file__).with_name("compare.js")
 LABELS = {"AtoB": "A → B", "BtoA": "B → A"}
 
 
@@ -35,24 +33,14 @@ def comparison(translated: Translated) -> str:
     result = translated.files["result"]
     size = result.stat().st_size / 1e6
     name = html.escape(translated.name)
-    image = '<img class="cf-{0}" src="{1}/{0}" alt="{2}, {0}" width="{3}" height="{4}" draggable="false">'
-    images = "".join(
-        image.format(which, base, name, translated.width, translated.height) for which in ("after", "before")
+    caption = f"""<p class="cf-caption" role="status"><strong>{name}</strong> {LABELS[translated.direction]},
+{translated.width} × {translated.height} pixels, translated in {translated.seconds:.1f} s</p>"""
+    download = f"""<a class="cf-button cf-download" href="{base}/result" download="{html.escape(result.name)}">Download
+ ({html.escape(result.suffix[1:].upper())}, {size:.1f} MB)</a>"""
+    return compare.comparison(
+        compare.Side(f"{base}/before", f"{translated.name}, before"),
+        compare.Side(f"{base}/after", f"{translated.name}, after"),
+        (translated.width, translated.height),
+        caption=caption,
+        buttons=download,
     )
-    return f"""
-<section class="cf-compare" data-width="{translated.width}" data-height="{translated.height}">
-<p class="cf-caption" role="status"><strong>{name}</strong> {LABELS[translated.direction]},
-{translated.width} × {translated.height} pixels, translated in {translated.seconds:.1f} s</p>
-<div class="cf-bar">
-<label class="cf-slide"><span>Before | after</span>
-<input class="cf-range" type="range" min="0" max="100" step="1" value="50"
- aria-label="Share of the picture that shows before"></label>
-<button class="cf-button cf-zoom" type="button" aria-pressed="false" aria-label="Zoom to 100 %">100 %</button>
-<a class="cf-button cf-download" href="{base}/result" download="{html.escape(result.name)}">Download
- ({html.escape(result.suffix[1:].upper())}, {size:.1f} MB)</a>
-</div>
-<div class="cf-view" tabindex="0" role="group" aria-label="Picture, before on the left and after on the right">
-<div class="cf-stage">{images}
-<div class="cf-line" aria-hidden="true"><div class="cf-tags"><span class="cf-tag cf-tag-before">before</span>
-<span class="cf-tag cf-tag-after">after</span></div></div></div></div>
-</section>"""

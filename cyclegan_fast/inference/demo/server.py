@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from cyclegan_fast import comparison as compare
 from cyclegan_fast.errors import InputError
 from cyclegan_fast.inference.demo.limits import Limits
-from cyclegan_fast.inference.demo.markup import COMPARE_CSS, COMPARE_JS, LABELS, comparison, introduction, message
+from cyclegan_fast.inference.demo.markup import LABELS, comparison, introduction, message
 from cyclegan_fast.inference.demo.workbench import Workbench, directions
 from cyclegan_fast.inference.translate import Translator
 
@@ -147,8 +148,8 @@ def build_app(gradio: Any, bench: Workbench, available: list[str], *, name: str,
         enable_monitoring=False,
         max_file_size=bench.limits.upload,
         theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-        css_paths=[COMPARE_CSS],
-        head=f"<script>{COMPARE_JS.read_text(encoding='utf-8')}</script>",
+        css_paths=[compare.CSS],
+        head=f"<script>{compare.JS.read_text(encoding='utf-8')}</script>",
     )
     return _Guard(app, local)
 

@@ -35,7 +35,7 @@
     const height = compare.dataset.height / devicePixelRatio;
     const full = compare.classList.contains("cf-full");
     const room = Math.max(200, 0.82 * innerHeight);
-    const fitted = Math.min(width, view.clientWidth, (room * width) / height);
+    const fitted = Math.min(Math.max(width, compare.dataset.least ?? 0), view.clientWidth, (room * width) / height);
     stage.style.width = `${full ? width : fitted}px`;
     place(compare);
   };
@@ -105,4 +105,5 @@
   new MutationObserver((changes) => {
     if (changes.some((change) => [...change.addedNodes].some((node) => node.querySelector?.(".cf-stage")))) all();
   }).observe(document, { childList: true, subtree: true });
+  all();
 })();
