@@ -80,7 +80,6 @@ class Case:
 class Gallery:
     """All pictures of a report, by direction where there are two. ``notes``: what is not as one would expect."""
 
-    kind: str = ""
     titles: dict[str, list[str]] = field(default_factory=dict)
     rows: dict[str, list[list[Shot]]] = field(default_factory=dict)
     sliders: list[Slider] = field(default_factory=list)
@@ -220,13 +219,14 @@ def draw(
     if run.chosen is None:
         return gallery
     data = _Pictures(run.config, Path(run.config.data.root) if root is None else root)
-    gallery.kind = data.kind
     translator = load(run.chosen.path, device=device, precision=precision)
     work = _Work(run, translator, data, _encoder(quality), device, precision)
     if root is not None and not data.kind:
         raise InputError(f"{root} has no pictures of a data set: it needs folders such as testA and testB")
     if not data.kind:
         gallery.notes.append("The data set of the run's settings is not here, so no pictures of it can be shown.")
+    if data.kind == "train":
+        gallery.notes.append("The data set has no test pictures: these are pictures that the networks were trained on.")
     chosen = {direction: _chosen(data.paths.get(direction[0], []), number) for direction in work.directions}
     _draw_grids(work, gallery, chosen)
     _draw_sliders(work, gallery, chosen, pictures)

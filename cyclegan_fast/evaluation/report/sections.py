@@ -152,10 +152,6 @@ def _name(shot: Shot) -> str:
     return shot.text.rpartition(", ")[0]
 
 
-def _kind_words(gallery: Gallery) -> str:
-    return "" if gallery.kind == "test" else " These are training pictures: the data set has no test pictures."
-
-
 def _sliders(gallery: Gallery) -> str:
     """Each picture with its slider; pictures that were shrunk to keep the page small say so."""
     if not gallery.sliders:
@@ -174,7 +170,7 @@ def _sliders(gallery: Gallery) -> str:
         parts.append(comparison(*sides, slider.before.size, caption=caption, least=_LEAST))
     lead = "Drag the line, or focus the slider and use the arrow keys. <b>100 %</b> shows one picture pixel a screen pixel."
     small = " small" if all(max(slider.before.size) <= _LEAST for slider in gallery.sliders) else ""
-    return f'<p class="with-script">{lead}{_kind_words(gallery)}</p><div class="sliders{small}">{"".join(parts)}</div>'
+    return f'<p class="with-script">{lead}</p><div class="sliders{small}">{"".join(parts)}</div>'
 
 
 def _grids(gallery: Gallery) -> str:
