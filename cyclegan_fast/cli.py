@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_translate(commands)
     _add_figures(commands)
     _add_report(commands)
+    _add_evaluate(commands)
     _add_data(commands)
     _add_export(commands)
     _add_weights(commands)
@@ -218,8 +219,48 @@ def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     report.add_argument(
         "--max-size", default="15MB", metavar="SIZE", help="pictures are shrunk to keep the page below (default 15MB)"
     )
+    report.add_argument(
+        "--evaluate",
+        action=argparse.BooleanOptionalAction,
+        help="measure the checkpoint first, as `cyclegan-fast evaluate` does (default: if nothing was measured yet)",
+    )
     _add_execution_options(report)
     report.set_defaults(run=_report)
+
+
+def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="measure how good a trained model is",
+        description="Measure a model on test pictures, with confidence intervals: a table on standard output, and "
+        "evaluation.json in the run folder. See docs/evaluation.md.",
+    )
+    evaluate.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="run folder, checkpoint file, or de-facto weights (folder or file)"
+    )
+    evaluate.add_argument(
+        "--data",
+        metavar="DIR",
+        help="folder with testA and testB (default: the pictures that the run was trained with)",
+    )
+    evaluate.add_argument("--split", choices=("test", "train"), default="test", help="which pictures (default test)")
+    evaluate.add_argument("--pairs", action="store_true", help="pictures of one name in A and B are pairs")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="measure a random N pictures of each domain")
+    evaluate.add_argument("--direction", choices=("AtoB", "BtoA"), help="this one only (default: all the model has)")
+    evaluate.add_argument(
+        "--which",
+        default="latest",
+        help="checkpoint of a run: latest, best or epoch-N; of weights: latest, N or iter_N",
+    )
+    evaluate.add_argument(
+        "--weights", choices=("auto", "ema", "raw"), default="auto", help="averaged weights if there are any, or not"
+    )
+    evaluate.add_argument("-o", "--out", metavar="FILE", help="JSON file to write (default: RUN/evaluation.json)")
+    evaluate.add_argument(
+        "--format", choices=("text", "json", "markdown"), default="text", help="of standard output (default text)"
+    )
+    _add_execution_options(evaluate)
+    evaluate.set_defaults(run=_evaluate)
 
 
 def _add_execution_options(parser: argparse.ArgumentParser) -> None:
@@ -485,10 +526,34 @@ def _report(arguments: argparse.Namespace) -> int:
         number=arguments.number,
         quality=arguments.quality,
         max_size=parse_size(arguments.max_size),
+        evaluate=arguments.evaluate,
         device=arguments.device,
         precision=arguments.precision,
     )
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from cyclegan_fast.evaluation.evaluate import evaluate
+
+    found = evaluate(
+        arguments.checkpoint,
+        arguments.data,
+        which=arguments.which,
+        directions=None if arguments.direction is None else (arguments.direction,),
+        split=arguments.split,
+        pairs=arguments.pairs,
+        limit=arguments.limit,
+        weights=arguments.weights,
+        device=arguments.device,
+        precision=arguments.precision,
+        progress=True,
+    )
+    checkpoint = Path(arguments.checkpoint)
+    out = arguments.out or (checkpoint / "evaluation.json" if checkpoint.is_dir() else None)
+    if out is not None:
+        found.save(out)
+    print(found.text(arguments.format))
     return 0
 
 

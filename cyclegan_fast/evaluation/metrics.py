@@ -9,9 +9,10 @@ float64, but for the projections of the Wasserstein distance, which are float32.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,7 @@ __all__ = [
     "MS_SSIM_WEIGHTS",
     "Checkerboard",
     "Interval",
+    "ReferenceSet",
     "SlicedWasserstein",
     "bootstrap",
     "checkerboard",
@@ -180,30 +182,72 @@ def sliced_wasserstein(
     Raises InputError for sets that are not alike in channels and size, too small, or not pictures, and for settings
     out of range.
     """
-    batches = [_as_batch(images, value_range, name) for images, name in ((reference, "reference"), (other, "other"))]
+    batches = [as_batch(images, value_range, name) for images, name in ((reference, "reference"), (other, "other"))]
     batches[1] = batches[1].to(batches[0].device)
     _check_sets(batches, statistics, patches, directions, smallest, groups)
     fewest = min(batch.shape[0] for batch in batches)
     # The number of the group of each patch; pictures, not patches, are what was drawn independently.
     group = (torch.arange(fewest) * groups // fewest).repeat_interleave(patches) if groups else None
+    draws = _Draws(fewest * patches, directions, seed)
     levels: dict[int, float] = {}
     left_out: list[Floats] = []
     for number, (level, other_level) in enumerate(zip(*(_pyramid(batch, smallest) for batch in batches), strict=True)):
-        random = np.random.default_rng((seed, number))
-        places = random.random((2, fewest * patches))
-        drawn = [_patches(level, places), _patches(other_level, places)]
-        known = [_mean_std(drawn[0]), _mean_std(drawn[0 if statistics == "reference" else 1])]
-        vectors = random.standard_normal((drawn[0][0].numel(), directions))
-        rows = [_projections(patch, *ms, vectors) for patch, ms in zip(drawn, known, strict=True)]
-        levels[min(level.shape[2:])] = _mean_difference(*(row.values for row in rows))
+        first = _slices(level, number, draws)
+        second = _slices(other_level, number, draws, first.mean_std if statistics == "reference" else None)
+        levels[first.side] = _mean_difference(first.sorted, second.sorted)
         if group is not None:
-            left_out.append(_without_each(rows, group.to(level.device), groups))
+            left_out.append(_without_each([first, second], group.to(level.device), groups))
     mean = sum(levels.values()) / len(levels)
     if not left_out:
         return SlicedWasserstein(levels, mean)
     errors = [_jackknife_error(values) for values in left_out]
     mean_error = _jackknife_error(np.mean(left_out, axis=0))
     return SlicedWasserstein(levels, mean, dict(zip(levels, errors, strict=True)), mean_error)
+
+
+class ReferenceSet:
+    """A set that others are compared with again and again: its part of `sliced_wasserstein` is computed once and kept.
+
+    ``count`` is the number of pictures of each of the others; the rest as in `sliced_wasserstein`, which gives the same
+    distances to the bit. Kept are ``4 patches directions`` bytes for each level and each picture of the smaller set, on
+    the device of the pictures. Raises InputError as there.
+    """
+
+    def __init__(
+        self,
+        reference: Pictures,
+        count: int,
+        *,
+        value_range: Range = None,
+        statistics: str = "own",
+        patches: int = 128,
+        directions: int = 512,
+        smallest: int = 16,
+        seed: int = 0,
+    ) -> None:
+        batch = _as_batch(reference, value_range, "reference")
+        if count < 1:
+            raise InputError(f"count = {count!r} is not allowed: an integer >= 1")
+        others = batch[:1].expand(count, *batch.shape[1:])
+        _check_sets([batch, others], statistics, patches, directions, smallest, 0)
+        self._shape, self._device, self._smallest = tuple(others.shape), batch.device, smallest
+        self._draws = _Draws(min(len(batch), count) * patches, directions, seed)
+        self._own = statistics == "own"
+        self._levels = [
+            dataclasses.replace(slices, order=None)
+            for slices in (_slices(level, i, self._draws) for i, level in enumerate(_pyramid(batch, smallest)))
+        ]
+
+    def distance(self, other: Pictures, *, value_range: Range = None) -> SlicedWasserstein:
+        """The distance of a set of ``count`` pictures of the reference's shape, without standard errors."""
+        batch = _as_batch(other, value_range, "other").to(self._device)
+        if batch.shape != self._shape:
+            raise InputError(f"other has shape {list(batch.shape)}, but {list(self._shape)} was announced")
+        levels: dict[int, float] = {}
+        for number, (known, level) in enumerate(zip(self._levels, _pyramid(batch, self._smallest), strict=True)):
+            found = _slices(level, number, self._draws, None if self._own else known.mean_std)
+            levels[known.side] = _mean_difference(known.sorted, found.sorted)
+        return SlicedWasserstein(levels, sum(levels.values()) / len(levels))
 
 
 def _check_sets(
@@ -265,6 +309,34 @@ def _mean_std(patches: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.where(std < _FLAT, torch.ones_like(std), std)
 
 
+class _Draws(NamedTuple):
+    """What decides the random places and directions of all levels."""
+
+    patches: int  # of a set in all
+    directions: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class _Slices:
+    """A level of one set: its shorter side, its channels' statistics, and its projections [D, P], sorted."""
+
+    side: int
+    mean_std: tuple[Tensor, Tensor]
+    sorted: Tensor
+    order: Tensor | None
+
+
+def _slices(level: Tensor, number: int, draws: _Draws, mean_std: tuple[Tensor, Tensor] | None = None) -> _Slices:
+    """The patches of level `number`, [N, C, H, W], normalised by their own statistics or by those given."""
+    random = np.random.default_rng((draws.seed, number))
+    patches = _patches(level, random.random((2, draws.patches)))
+    vectors = random.standard_normal((patches[0].numel(), draws.directions))
+    mean_std = mean_std or _mean_std(patches)
+    rows = _projections(patches, *mean_std, vectors)
+    return _Slices(min(level.shape[2:]), mean_std, rows.values, rows.indices)
+
+
 def _projections(patches: Tensor, mean: Tensor, std: Tensor, vectors: Floats) -> torch.return_types.sort:
     """Sorted projections [D, P], float32, of normalised patches on vectors [K, D], and their order."""
     unit = torch.from_numpy((vectors / np.linalg.norm(vectors, axis=0)).astype(np.float32))
@@ -277,11 +349,11 @@ def _mean_difference(first: Tensor, second: Tensor) -> float:
     return float((first - second).abs().mean(dtype=torch.float64))
 
 
-def _without_each(rows: list[torch.return_types.sort], group: Tensor, groups: int) -> Floats:
+def _without_each(sets: list[_Slices], group: Tensor, groups: int) -> Floats:
     """The distance without each of the groups: what is left of a sorted row is sorted already."""
     return np.array(
         [
-            _mean_difference(*(row.values[(group != g)[row.indices]].view(len(row.values), -1) for row in rows))
+            _mean_difference(*(one.sorted[(group != g)[one.order]].view(len(one.sorted), -1) for one in sets))
             for g in range(groups)
         ]
     )
@@ -323,7 +395,7 @@ def checkerboard(images: Pictures, *, value_range: Range = None) -> Checkerboard
 
     Both sides must have 32 pixels; the last ones are left out where a side is no multiple of 4.
     """
-    batch = _as_batch(images, value_range, "images")
+    batch = as_batch(images, value_range, "images")
     height, width = (side // 4 * 4 for side in batch.shape[2:])
     if min(height, width) < _LEAST_SIDE:
         raise InputError(
@@ -430,7 +502,7 @@ def _pairs(
     result: Pictures, truth: Pictures, value_range: Range, *, smallest: int, what: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Both batches in [0, 1], some pictures at a time. Raises InputError."""
-    x, y = _as_batch(result, value_range, "result"), _as_batch(truth, value_range, "truth")
+    x, y = as_batch(result, value_range, "result"), as_batch(truth, value_range, "truth")
     if x.shape != y.shape:
         raise InputError(f"result has shape {list(x.shape)} and truth {list(y.shape)}: they must be the same")
     if min(x.shape[2:]) < smallest:
@@ -441,7 +513,7 @@ def _pairs(
     return zip(x.split(at_once), y.to(x.device).split(at_once), strict=True)
 
 
-def _as_batch(images: Pictures, value_range: Range, name: str) -> Tensor:
+def as_batch(images: Pictures, value_range: Range, name: str) -> Tensor:
     """Float64 [N, C, H, W] in [0, 1], on the device of the pictures. Raises InputError."""
     if not isinstance(images, (Tensor, np.ndarray)):
         raise InputError(f"{name} must be a tensor or an array [N, C, H, W], not a {type(images).__name__}")

@@ -37,7 +37,9 @@ def settings(folder: Path, **sections: Any) -> Config:
     model = {"ngf": 4, "ndf": 4, "blocks": 1, "init_gain": 0.3, **sections.pop("model", {})}
     data = {"root": str(folder / "data"), "load_size": 40, "crop_size": 32, **sections.pop("data", {})}
     training = {"epochs": 3, "epochs_decay": 0}
-    return from_dict({"name": "run", "out": str(folder), "model": model, "data": data, "training": training, **sections})
+    return from_dict(
+        {"name": "run", "out": str(folder), "model": model, "data": data, "training": training, **sections}
+    )
 
 
 def save(run: Path, config: Config, path: Path, step: int, seed: int = 0) -> None:
@@ -46,7 +48,9 @@ def save(run: Path, config: Config, path: Path, step: int, seed: int = 0) -> Non
         networks = build_augmented(config.model)
         weights = {name: networks[name].state_dict() for name in ("G_A", "G_B", "E_A", "E_B")}
     else:
-        weights = {f"G_{domain}": G.state_dict() for domain, G in zip("AB", build_generators(config.model), strict=True)}
+        weights = {
+            f"G_{domain}": G.state_dict() for domain, G in zip("AB", build_generators(config.model), strict=True)
+        }
     if config.model.method == "pix2pix":
         del weights["G_B" if config.model.direction == "AtoB" else "G_A"]
     position = {"step": step, "epoch": step / STEPS_PER_EPOCH, "steps_per_epoch": STEPS_PER_EPOCH, "pairs_per_step": 1}
@@ -91,7 +95,9 @@ def evaluation(step: int = 30, **changes: Any) -> dict[str, Any]:
     untouched = {"value": 17.0, "low": 16.5, "high": 17.5}
     metrics = {
         "psnr": measure(20.0, untouched=untouched, target=None),
-        "swd": measure(30.0, group="set", better=-1, title="Sliced Wasserstein distance", untouched=untouched, target=untouched),
+        "swd": measure(
+            30.0, group="set", better=-1, title="Sliced Wasserstein distance", untouched=untouched, target=untouched
+        ),
         "hallucination": measure(None, group="artefact", better=-1, title="Hallucination", untouched=None, target=None),
     }
     pictures = [{"name": name, "psnr": 10.0 + index, "hallucination": None} for index, name in enumerate(NAMES)]

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from cyclegan_fast.errors import InputError
+from cyclegan_fast.evaluation import metrics
 from cyclegan_fast.evaluation.metrics import (
     MS_SSIM_WEIGHTS,
+    ReferenceSet,
     bootstrap,
     checkerboard,
     ms_ssim,
@@ -267,6 +269,30 @@ def test_seeds_repeat_and_matter() -> None:
     assert first == again
     assert first.mean != other.mean
     assert first.mean == pytest.approx(other.mean, rel=0.3)
+
+
+@pytest.mark.parametrize("statistics", ["own", "reference"])
+@pytest.mark.parametrize("count", [3, 6])
+def test_a_reference_is_computed_once(monkeypatch: pytest.MonkeyPatch, statistics: str, count: int) -> None:
+    """The same distances to the bit, from larger and from smaller sets, and of the reference nothing again."""
+    x, y = pictures(4, 3, 40, 33, 0), pictures(count, 3, 40, 33, 1)
+    settings: dict[str, Any] = {"statistics": statistics, "patches": 5, "directions": 16, "seed": 3}
+    reference = ReferenceSet(x, count, **UNIT, **settings)
+    seen: list[int] = []
+    real = metrics._pyramid
+    monkeypatch.setattr(
+        metrics, "_pyramid", lambda images, smallest: (seen.append(len(images)), real(images, smallest))[1]
+    )
+    found = [reference.distance(other, **UNIT) for other in (y, 1 - y)]
+    assert seen == [count, count]
+    assert found == [sliced_wasserstein(x, other, **UNIT, **settings) for other in (y, 1 - y)]
+    assert found[0] != found[1]
+    with pytest.raises(
+        InputError, match=rf"other has shape \[2, 3, 40, 33\], but \[{count}, 3, 40, 33\] was announced"
+    ):
+        reference.distance(y[:2], **UNIT)
+    with pytest.raises(InputError, match="count = 0"):
+        ReferenceSet(x, 0, **UNIT)
 
 
 def test_standard_errors_are_the_spread_over_sets() -> None:

@@ -76,7 +76,7 @@ class Page(HTMLParser):
 
 
 def report(run: Path, **options: Any) -> Page:
-    return Page(write_report(run, device="cpu", precision="fp32", **options))
+    return Page(write_report(run, **{"device": "cpu", "precision": "fp32", "evaluate": False, **options}))
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,9 @@ def test_every_picture_and_control_has_words(whole: Path) -> None:
     page = report(whole, number=1)
     assert all(image["alt"] for image in page.all("img"))
     assert all(control.get("aria-label") for control in page.all("input"))
-    assert all(drawing.get("aria-label") or drawing.get("aria-hidden") or "viewbox" in drawing for drawing in page.all("svg"))
+    assert all(
+        drawing.get("aria-label") or drawing.get("aria-hidden") or "viewbox" in drawing for drawing in page.all("svg")
+    )
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
 
@@ -174,7 +176,12 @@ def test_lower_is_better_turns_the_order(tmp_path: Path) -> None:
     data_set(tmp_path / "data")
     run = make_run(tmp_path, milestones=())
     tree = evaluation()
-    tree["directions"] = {"AtoB": {"metrics": {"lpips": measure(1, better=-1)}, "pictures": [{"name": n, "lpips": i} for i, n in enumerate(NAMES)]}}
+    tree["directions"] = {
+        "AtoB": {
+            "metrics": {"lpips": measure(1, better=-1)},
+            "pictures": [{"name": n, "lpips": i} for i, n in enumerate(NAMES)],
+        }
+    }
     (run / "evaluation.json").write_text(json.dumps(tree))
     cases = report(run, number=1).sections["cases"]
     assert cases.index("six.jpg") < cases.index("Best") < cases.index("one.jpg")
@@ -200,6 +207,34 @@ def test_measures_that_are_missing_or_old_are_said_to_be(tmp_path: Path) -> None
         assert "has not been measured" in page.sections["measures"]
 
 
+def test_a_run_is_measured_unless_it_was(tmp_path: Path) -> None:
+    data_set(tmp_path / "data")
+    run = make_run(tmp_path, milestones=())
+    page = report(run, number=0, evaluate=None)
+    found = read_evaluation(run / "evaluation.json")
+    assert found.step == 30
+    value = next(each.reading.value for each in found.measures["AtoB"] if each.name == "psnr")
+    assert f"{value:.2f}" in page.sections["measures"]
+    assert re.search("(better|worse) than untouched", page.sections["measures"])
+    measured(run, step=20)
+    before = (run / "evaluation.json").read_bytes()
+    assert "measures are of step 20" in report(run, number=0, evaluate=None).sections["measures"]
+    assert (run / "evaluation.json").read_bytes() == before
+    assert "are of step" not in report(run, number=0, evaluate=True).sections["measures"]
+    assert read_evaluation(run / "evaluation.json").step == 30
+
+
+def test_what_cannot_be_measured_is_said(tmp_path: Path) -> None:
+    picture(tmp_path / "data" / "testA" / "one.jpg")
+    picture(tmp_path / "data" / "testB" / "one.jpg")
+    run = make_run(tmp_path, milestones=())
+    page = report(run, number=0, evaluate=None)
+    assert "Not measured" in page.sections[""]
+    assert "too few to measure" in page.sections[""]
+    with pytest.raises(InputError, match="too few to measure"):
+        report(run, number=0, evaluate=True)
+
+
 def test_measured_pictures_that_are_not_here(tmp_path: Path) -> None:
     data_set(tmp_path / "data")
     run = make_run(tmp_path, milestones=())
@@ -213,7 +248,7 @@ def test_measured_pictures_that_are_not_here(tmp_path: Path) -> None:
     assert not [text for text, _ in page.pictures() if "secret" in text]
 
 
-HOSTILE = '<script>alert(1)</script>"\'&\x1b[2J\u202e'
+HOSTILE = "<script>alert(1)</script>\"'&\x1b[2J\u202e"
 
 
 def test_text_from_outside_is_only_text(tmp_path: Path) -> None:
@@ -227,7 +262,9 @@ def test_text_from_outside_is_only_text(tmp_path: Path) -> None:
     tree = evaluation(missing=[{"metric": "x", "title": HOSTILE, "why": HOSTILE}])
     metric = measure(20.0, title=HOSTILE, unit=HOSTILE, note=HOSTILE, group=HOSTILE)
     psnr = measure(1.0, title=HOSTILE, unit=HOSTILE)
-    tree["directions"] = {"AtoB": {"metrics": {HOSTILE: metric, "psnr": psnr}, "pictures": [{"name": name, "psnr": 1.0}]}}
+    tree["directions"] = {
+        "AtoB": {"metrics": {HOSTILE: metric, "psnr": psnr}, "pictures": [{"name": name, "psnr": 1.0}]}
+    }
     tree["provenance"] = dict.fromkeys(("version", "torch", "device", "precision", "checkpoint", "time"), HOSTILE)
     (run / "evaluation.json").write_text(json.dumps(tree))
     with (run / "scalars.jsonl").open("a") as file:
@@ -440,7 +477,12 @@ def test_records_with_losses_that_are_not_finite(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("low", "high", "wanted"),
-    [(0.0, 4.0, [0, 1, 2, 3, 4]), (0.0, 0.35, [0, 0.1, 0.2, 0.3]), (-3.0, 11.0, [0, 5, 10]), (1e-4, 2.1e-4, [1e-4, 1.5e-4, 2e-4])],
+    [
+        (0.0, 4.0, [0, 1, 2, 3, 4]),
+        (0.0, 0.35, [0, 0.1, 0.2, 0.3]),
+        (-3.0, 11.0, [0, 5, 10]),
+        (1e-4, 2.1e-4, [1e-4, 1.5e-4, 2e-4]),
+    ],
 )
 def test_ticks_are_round(low: float, high: float, wanted: list[float]) -> None:
     assert ticks(low, high, 4) == pytest.approx(wanted)

@@ -103,9 +103,7 @@ def _spread(count: int, most: int) -> npt.NDArray[np.int64]:
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
 
 
-def _curve(
-    index: int, share: Floats, values: tuple[Floats, Floats], span: tuple[float, float], smoothed: bool
-) -> str:
+def _curve(index: int, share: Floats, values: tuple[Floats, Floats], span: tuple[float, float], smoothed: bool) -> str:
     """The raw values, faint, and their mean, bold."""
     raw, mean = values
     bold = _path(share, mean, span, _READ)

@@ -30,7 +30,9 @@ __all__ = ["Case", "Gallery", "Shot", "Slider", "draw", "fit", "ranking"]
 logger = logging.getLogger("cyclegan_fast.report")
 
 _CELL = 320  # longest side of a picture in a grid, pixels
-_WORKED = 256  # longest side at which pictures for grids are translated, unless the networks were trained on larger ones
+_WORKED = (
+    256  # longest side at which pictures for grids are translated, unless the networks were trained on larger ones
+)
 _LEAST = 64  # longest side, below which no picture is shrunk to keep the page small
 _CASES = 3  # worst and best
 _STYLES = 4  # translations of one picture by different codes
@@ -367,9 +369,7 @@ def _draw_grids(work: _Work, gallery: Gallery, chosen: Mapping[str, Sequence[Pat
             for row, (path, image) in zip(rows, inputs[direction], strict=True):
                 row.append(work.encode(translator.translate(image, direction), f"{path.name}, {label}", _CELL))
     for direction, rows in gallery.rows.items():
-        truths = [
-            work.pictures.truth(path, direction[0], work.channels(direction)[1]) for path, _ in inputs[direction]
-        ]
+        truths = [work.pictures.truth(path, direction[0], work.channels(direction)[1]) for path, _ in inputs[direction]]
         if truths and all(truth is not None for truth in truths):
             gallery.titles[direction].append("Truth")
             for row, (path, _), truth in zip(rows, inputs[direction], truths, strict=True):
@@ -432,7 +432,10 @@ def _draw_styles(work: _Work, gallery: Gallery, chosen: Mapping[str, Sequence[Pa
             made = [translator.translate(small, direction) for translator in translators]
             texts = ["input", *(f"code {seed}" for seed in range(_STYLES))]
             gallery.styles.setdefault(direction, []).append(
-                [work.encode(each, f"{path.name}, {text}", _CELL) for each, text in zip((small, *made), texts, strict=True)]
+                [
+                    work.encode(each, f"{path.name}, {text}", _CELL)
+                    for each, text in zip((small, *made), texts, strict=True)
+                ]
             )
 
 

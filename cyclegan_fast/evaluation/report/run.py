@@ -62,7 +62,11 @@ class Reading:
 
 @dataclass(frozen=True)
 class Measure:
-    """A measure of one direction; ``better``: 1 when more is better, -1 when less is, 0 when neither."""
+    """A measure of one direction; ``better``: 1 when more is better, -1 when less is, 0 when neither.
+
+    ``untouched``: the same of the inputs, ``target``: of real pictures of the target, ``difference``: from untouched,
+    picture by picture.
+    """
 
     name: str
     title: str
@@ -72,6 +76,7 @@ class Measure:
     reading: Reading
     untouched: Reading | None
     target: Reading | None
+    difference: Reading | None
     note: str
 
 
@@ -251,17 +256,18 @@ def _measures(tree: Mapping[str, Any]) -> tuple[Measure, ...]:
             group=str(item["group"]),
             unit=str(item.get("unit") or ""),
             better=int(item["better"]),
-            reading=_reading(item),
-            untouched=_reading(item["untouched"]) if item.get("untouched") else None,
-            target=_reading(item["target"]) if item.get("target") else None,
+            reading=_reading(item) or Reading(None, None, None),
+            untouched=_reading(item.get("untouched")),
+            target=_reading(item.get("target")),
+            difference=_reading(item.get("difference")),
             note=str(item.get("note") or ""),
         )
         for name, item in tree.items()
     )
 
 
-def _reading(tree: Mapping[str, Any]) -> Reading:
-    return Reading(*(_number(tree.get(key)) for key in ("value", "low", "high")))
+def _reading(tree: Mapping[str, Any] | None) -> Reading | None:
+    return None if tree is None else Reading(*(_number(tree.get(key)) for key in ("value", "low", "high")))
 
 
 def _pictures(items: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, Mapping[str, float]], ...]:

@@ -56,9 +56,7 @@ def summary(run: Run, gallery: Gallery) -> str:
     done = planned is not None and run.step >= planned
     state = f"{run.step:,} steps" if done or planned is None else f"{run.step:,} of {planned:,} steps"
     tag = '<span class="tag">finished</span>' if done else '<span class="tag warn">not finished</span>'
-    tiles = "".join(
-        f'<div class="tile"><dt>{name}</dt><dd>{value}</dd></div>' for name, value in _tiles(run) if value
-    )
+    tiles = "".join(f'<div class="tile"><dt>{name}</dt><dd>{value}</dd></div>' for name, value in _tiles(run) if value)
     notes = "".join(f"<li>{text(note)}</li>" for note in (*run.troubles, *gallery.notes))
     notes = f'<ul class="notes" aria-label="What is missing">{notes}</ul>' if notes else ""
     what = f"{_METHODS.get(config.model.method, config.model.method)}, {_data_words(config)}, {state}"
@@ -138,7 +136,7 @@ def _image(shot: Shot) -> str:
 def _row(shots: Sequence[Shot], titles: Sequence[str], name: str) -> str:
     """Pictures side by side, each under its title: on a narrow screen they wrap."""
     cells = "".join(
-        f'<figure><figcaption>{text(title)}</figcaption>{_image(shot)}</figure>'
+        f"<figure><figcaption>{text(title)}</figcaption>{_image(shot)}</figure>"
         for shot, title in zip(shots, titles, strict=True)
     )
     return f'<div class="row n{len(shots)}" role="group" aria-label="{text(name)}">{cells}</div>'
@@ -235,14 +233,14 @@ def _measures(run: Run) -> str:
     evaluation = run.evaluation
     if evaluation is None:
         return (
-            '<p class="notice">This run has not been measured. <code>cyclegan-fast evaluate</code> does that, and '
-            "<code>cyclegan-fast report --evaluate</code> before it writes the page.</p>"
+            '<p class="notice">This run has not been measured: <code>cyclegan-fast report --evaluate</code> does that '
+            "before it writes the page.</p>"
         )
     stale = ""
     if run.chosen is not None and evaluation.step is not None and evaluation.step != run.chosen.step:
         stale = (
             f'<p class="notice">These measures are of step {evaluation.step:,}; the pictures on this page are of step '
-            f"{run.chosen.step:,}.</p>"
+            f"{run.chosen.step:,}. <code>cyclegan-fast report --evaluate</code> measures that one.</p>"
         )
     tables = "".join(
         f"<h3>{arrow(direction)}</h3>{_measure_table(measures)}"
@@ -250,18 +248,22 @@ def _measures(run: Run) -> str:
         if measures
     )
     missing = "".join(f"<li>{text(title)}: {text(why)}</li>" for title, why in evaluation.missing)
-    missing = f'<details><summary>Not measured</summary><ul>{missing}</ul></details>' if missing else ""
+    missing = f"<details><summary>Not measured</summary><ul>{missing}</ul></details>" if missing else ""
     return f"{stale}<p>{_measured_on(evaluation)}</p>{tables}{missing}"
 
 
 def _measured_on(evaluation: Evaluation) -> str:
     data = evaluation.data
     counts = " and ".join(
-        f"{data[f'count_{domain}']} pictures of {domain}" for domain in "AB" if isinstance(data.get(f"count_{domain}"), int)
+        f"{data[f'count_{domain}']} pictures of {domain}"
+        for domain in "AB"
+        if isinstance(data.get(f"count_{domain}"), int)
     )
-    pairs = ", with the truth of each" if data.get("pairs") is True else ""
+    pairs = ", with the truth to them" if data.get("pairs") is True else ""
+    split = "training" if data.get("split") == "train" else "test"
+    how = f" ({text(data['preparation'])})" if data.get("preparation") else ""
     return (
-        f"Measured on {counts or 'test pictures'}{pairs}. Each value stands with its 95 % interval over the pictures. "
+        f"Measured on {split} pictures: {counts or 'of both domains'}{pairs}{how}. Each value stands with its 95 % interval over the pictures. "
         "<i>Untouched</i>: the same measure of the inputs themselves. <i>Target</i>: of real pictures of the other "
         "domain."
     )
@@ -306,15 +308,28 @@ def _reading(reading: Reading | None, unit: str) -> str:
 
 
 def _verdict(measure: Measure) -> str:
-    """Whether the translation is better or worse than the untouched input, where the intervals do not overlap."""
-    now, was = measure.reading, measure.untouched
-    if was is None or not measure.better or None in (now.low, now.high, was.low, was.high):
+    """Whether the translation is better or worse than the untouched input, as far as the interval tells.
+
+    That of the difference picture by picture where there is one; else the two intervals must not overlap.
+    """
+    now, was, difference = measure.reading, measure.untouched, measure.difference
+    if was is None or not measure.better:
         return ""
-    assert_low, assert_high = (now.low, was.high) if measure.better > 0 else (was.low, now.high)
-    if assert_low > assert_high:  # type: ignore[operator]  # neither is None
-        return '<span class="verdict good">better than untouched</span>'
-    apart = (now.high < was.low) if measure.better > 0 else (now.low > was.high)  # type: ignore[operator]
-    return '<span class="verdict bad">worse than untouched</span>' if apart else '<span class="verdict">no clear difference</span>'
+    low, high = (difference.low, difference.high) if difference else _apart(now, was)
+    if low is None or high is None:
+        return ""
+    if low <= 0 <= high:
+        return '<span class="verdict">no clear difference</span>'
+    good = (low > 0) == (measure.better > 0)
+    word, kind = ("better", "good") if good else ("worse", "bad")
+    return f'<span class="verdict {kind}">{word} than untouched</span>'
+
+
+def _apart(now: Reading, was: Reading) -> tuple[float | None, float | None]:
+    """The least and the greatest difference of what lies within two intervals."""
+    if now.low is None or now.high is None or was.low is None or was.high is None:
+        return None, None
+    return now.low - was.high, now.high - was.low
 
 
 def _range(measure: Measure) -> str:
@@ -366,7 +381,10 @@ def _charts(records: Sequence[Record]) -> Iterator[Chart]:
     for title, names in terms.items():
         yield from _chart(records, title, _lines(records, names), note="weighted, as in the generators' losses")
     for base, names in _test_names(records).items():
-        lines = [Line(arrow(name[-4:]) if name[-4:] in ("AtoB", "BtoA") else "mean", line.values) for name, line in zip(names, _lines(records, names), strict=True)]
+        lines = [
+            Line(arrow(name[-4:]) if name[-4:] in ("AtoB", "BtoA") else "mean", line.values)
+            for name, line in zip(names, _lines(records, names), strict=True)
+        ]
         yield from _chart(records, _TESTS.get(base, f"test_{base}"), lines, smooth=False, from_zero=False)
     yield from _chart(records, "Learning rate", _lines(records, ("lr",)), smooth=False)
     yield from _chart(records, "Pairs a second", _lines(records, ("pairs_per_s",)))
@@ -389,7 +407,12 @@ def _test_names(records: Sequence[Record]) -> dict[str, list[str]]:
 
 
 def _chart(
-    records: Sequence[Record], title: str, lines: Sequence[Line], *, note: str = "", smooth: bool = True,
+    records: Sequence[Record],
+    title: str,
+    lines: Sequence[Line],
+    *,
+    note: str = "",
+    smooth: bool = True,
     from_zero: bool = True,
 ) -> Iterator[Chart]:
     """A chart of the places where any of the lines was recorded, if there is one with a value."""
@@ -397,7 +420,14 @@ def _chart(
         return
     names = [np.isfinite(line.values) for line in lines]
     recorded = np.any(names, axis=0) | np.array(
-        [any(value is None or (isinstance(value, float) and not math.isfinite(value)) for key, value in record.items() if key in _LOSSES) for record in records]
+        [
+            any(
+                value is None or (isinstance(value, float) and not math.isfinite(value))
+                for key, value in record.items()
+                if key in _LOSSES
+            )
+            for record in records
+        ]
     )
     if not smooth:
         recorded = np.any(names, axis=0)
@@ -464,7 +494,12 @@ def _provenance(run: Run, gallery: Gallery, command: str) -> str:
     chosen = run.chosen
     trained: Mapping[str, Any] = chosen.provenance if chosen else {}
     facts = [
-        ("Checkpoint", f"{chosen.path.name}, step {chosen.step:,}, {chosen.path.stat().st_size / 1e6:.1f} MB" if chosen else "none yet"),
+        (
+            "Checkpoint",
+            f"{chosen.path.name}, step {chosen.step:,}, {chosen.path.stat().st_size / 1e6:.1f} MB"
+            if chosen
+            else "none yet",
+        ),
         ("Written", _moment(trained.get("time"))),
         ("Trained by", _programs(trained)),
         ("Trained on", ", ".join(str(trained[key]) for key in ("device", "precision") if key in trained)),
