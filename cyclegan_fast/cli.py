@@ -531,6 +531,7 @@ def _report(arguments: argparse.Namespace) -> int:
         precision=arguments.precision,
     )
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+    return 0
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

@@ -62,9 +62,23 @@ def save(run: Path, config: Config, path: Path, step: int, seed: int = 0) -> Non
 def records(steps: int) -> list[dict[str, Any]]:
     return [
         {
-            **{"step": step, "epoch": step / STEPS_PER_EPOCH, "time": 1e9 + step, "lr": 2e-4, "pairs_per_s": 5.0},
-            **{"G_A": 0.5, "G_B": 0.4, "cycle_A": 2.0 / step, "cycle_B": 2.0, "idt_A": 1.0, "idt_B": 1.0, "D_A": 0.25},
-            **{"D_B": 0.3, "grad_G": 1.0, "grad_D": 2.0, "data_wait": 0.01, "memory_gb": 0.5},
+            "step": step,
+            "epoch": step / STEPS_PER_EPOCH,
+            "time": 1e9 + step,
+            "lr": 2e-4,
+            "pairs_per_s": 5.0,
+            "G_A": 0.5,
+            "G_B": 0.4,
+            "cycle_A": 2.0 / step,
+            "cycle_B": 2.0,
+            "idt_A": 1.0,
+            "idt_B": 1.0,
+            "D_A": 0.25,
+            "D_B": 0.3,
+            "grad_G": 1.0,
+            "grad_D": 2.0,
+            "data_wait": 0.01,
+            "memory_gb": 0.5,
         }
         for step in range(1, steps + 1)
     ] + [{"step": steps, "epoch": steps / STEPS_PER_EPOCH, "test_psnr_AtoB": 20.0, "test_psnr_BtoA": 19.0}]
@@ -105,8 +119,15 @@ def evaluation(step: int = 30, **changes: Any) -> dict[str, Any]:
     return {
         "format": 1,
         "provenance": {
-            **{"version": "0.1.0", "torch": "2.13.0", "device": "cpu", "precision": "fp32", "seconds": 12.5},
-            **{"checkpoint": f"step-{step:08d}.ckpt", "step": step, "epoch": step / STEPS_PER_EPOCH, "time": 1.7e9},
+            "version": "0.1.0",
+            "torch": "2.13.0",
+            "device": "cpu",
+            "precision": "fp32",
+            "seconds": 12.5,
+            "checkpoint": f"step-{step:08d}.ckpt",
+            "step": step,
+            "epoch": step / STEPS_PER_EPOCH,
+            "time": 1.7e9,
         },
         "data": {"root": "data", "split": "test", "count_A": 6, "count_B": 6, "pairs": True, "size": [30, 40]},
         "directions": {"AtoB": direction, "BtoA": direction},

@@ -98,7 +98,7 @@ def test_a_whole_run(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "finished" in page.sections[""]
     assert "6.00 s" in page.sections["timing"] or "6 s" in page.sections["timing"]  # 30 pairs at 5 a second
     assert "step-00000030.ckpt, step 30" in page.sections["provenance"]
-    for word in ("PSNR", "20.00", "19.50 to 20.50", "better than untouched", "FID", "no weights", "6 pictures of A"):
+    for word in ("PSNR", "20.00", "19.50 to 20.50", "better than untouched", "FID", "no weights", "6 of A and 6 of B"):
         assert word in page.sections["measures"]
     for word in ("Input", "After epoch 1", "After epoch 2", "Now, epoch 3", "Truth"):
         assert word in page.sections["progress"]

@@ -163,12 +163,14 @@ def _lost(chart: Chart, end: float) -> str:
 
 def _dots(chart: Chart, end: float, span: tuple[float, float]) -> str:
     """A dot a value where there are few."""
+    if len(chart.x) > _FEW:
+        return ""
+    low, high = span
     return "".join(
-        f'<circle class="c{index}" cx="{100 * x / end:.2f}%" cy="{100 * (1 - (y - span[0]) / (span[1] - span[0])):.2f}%"'
-        ' r="3"/>'
+        f'<circle class="c{index}" cx="{100 * x / end:.2f}%" cy="{100 * (high - y) / (high - low):.2f}%" r="3"/>'
         for index, line in enumerate(chart.lines)
         for x, y in zip(chart.x.tolist(), line.values.tolist(), strict=True)
-        if len(chart.x) <= _FEW and math.isfinite(y)
+        if math.isfinite(y)
     )
 
 

@@ -55,9 +55,9 @@ def write_report(
 
     which: the checkpoint to report on, as in ``find_checkpoint``. data: the data set, by default that of the run's
     settings. pictures: files for the sliders, in place of test pictures. number: pictures a direction. quality: of
-    JPEG. max_size: bytes that the page takes at most; pictures are shrunk until it does. evaluate: measure the checkpoint
-    first, and keep that in the run folder as `cyclegan-fast evaluate` does; by default if nothing has been measured yet
-    and there are test pictures, with True also if what was measured is another checkpoint.
+    JPEG. max_size: bytes that the page takes at most; pictures are shrunk until it does. evaluate: measure the
+    checkpoint first, and keep that in the run folder as `cyclegan-fast evaluate` does; by default if nothing has been
+    measured yet and there are test pictures, with True also if what was measured is another checkpoint.
 
     Raises InputError (CheckpointError, PhotoError) for a run, a checkpoint or a picture that cannot be used, for
     options that are not allowed, and where the page cannot be written or cannot be as small as wanted.

@@ -13,11 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from cyclegan_fast.config import Config, ConfigError, load_config
+from cyclegan_fast.config import Config, load_config
 from cyclegan_fast.errors import InputError
 from cyclegan_fast.evaluation.records import Record, read_records, values_of
-from cyclegan_fast.training.checkpoint import CheckpointError, checkpoint_dir, find_checkpoint, read_checkpoint
-from cyclegan_fast.training.checkpoint import step_checkpoints
+from cyclegan_fast.training.checkpoint import (
+    CheckpointError,
+    checkpoint_dir,
+    find_checkpoint,
+    read_checkpoint,
+    step_checkpoints,
+)
 
 __all__ = ["Checkpoint", "Chosen", "Evaluation", "Measure", "Reading", "Run", "columns", "read_evaluation", "read_run"]
 

@@ -78,7 +78,7 @@ def sections(run: Run, gallery: Gallery, command: str) -> Iterator[tuple[str, st
         ("curves", "Training", _curves(run.records)),
         ("timing", "Time and memory", _timing(run)),
         ("settings", "Settings", _settings(run.config)),
-        ("provenance", "Provenance", _provenance(run, gallery, command)),
+        ("provenance", "Provenance", _provenance(run, command)),
     )
     return ((name, title, content) for name, title, content in parts if content)
 
@@ -166,7 +166,7 @@ def _sliders(gallery: Gallery) -> str:
         if slider.after.size != slider.before.size:  # they must lie on one another
             slider.after.size = slider.before.size
         parts.append(comparison(*sides, slider.before.size, caption=caption, least=_LEAST))
-    lead = "Drag the line, or focus the slider and use the arrow keys. <b>100 %</b> shows one picture pixel a screen pixel."
+    lead = "Drag the line, or use the arrow keys on the slider. <b>100 %</b> shows one picture pixel a screen pixel."
     small = " small" if all(max(slider.before.size) <= _LEAST for slider in gallery.sliders) else ""
     return f'<p class="with-script">{lead}</p><div class="sliders{small}">{"".join(parts)}</div>'
 
@@ -254,18 +254,15 @@ def _measures(run: Run) -> str:
 
 def _measured_on(evaluation: Evaluation) -> str:
     data = evaluation.data
-    counts = " and ".join(
-        f"{data[f'count_{domain}']} pictures of {domain}"
-        for domain in "AB"
-        if isinstance(data.get(f"count_{domain}"), int)
-    )
+    known = [domain for domain in "AB" if isinstance(data.get(f"count_{domain}"), int)]
+    counts = " and ".join(f"{data[f'count_{domain}']} of {domain}" for domain in known)
     pairs = ", with the truth to them" if data.get("pairs") is True else ""
     split = "training" if data.get("split") == "train" else "test"
     how = f" ({text(data['preparation'])})" if data.get("preparation") else ""
     return (
-        f"Measured on {split} pictures: {counts or 'of both domains'}{pairs}{how}. Each value stands with its 95 % interval over the pictures. "
-        "<i>Untouched</i>: the same measure of the inputs themselves. <i>Target</i>: of real pictures of the other "
-        "domain."
+        f"Measured on {split} pictures, {counts or 'of both domains'}{pairs}{how}. Each value stands with its 95 % "
+        "interval for the choice of the pictures; another training differs by more. <i>Untouched</i>: the same measure "
+        "of the inputs themselves. <i>Target</i>: of real pictures of the other domain."
     )
 
 
@@ -473,7 +470,8 @@ def _settings(config: Config) -> str:
     own, defaults = _flat(to_dict(config)), _flat(to_dict(Config()))
     changed = [(name, value) for name, value in own.items() if value != defaults.get(name)]
     rows = "".join(
-        f'<tr><th scope="row"><code>{text(name)}</code></th><td>{text(value)}</td><td class="pale">{text(defaults.get(name))}</td></tr>'
+        f'<tr><th scope="row"><code>{text(name)}</code></th><td>{text(value)}</td>'
+        f'<td class="pale">{text(defaults.get(name))}</td></tr>'
         for name, value in changed
     )
     lines = "\n".join(text(line) for line in to_yaml(config).split("\n"))
@@ -489,7 +487,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _provenance(run: Run, gallery: Gallery, command: str) -> str:
+def _provenance(run: Run, command: str) -> str:
     """Which files and programs this page comes from."""
     chosen = run.chosen
     trained: Mapping[str, Any] = chosen.provenance if chosen else {}
