@@ -34,7 +34,7 @@ _WORKED = (
     256  # longest side at which pictures for grids are translated, unless the networks were trained on larger ones
 )
 _LEAST = 64  # longest side, below which no picture is shrunk to keep the page small
-_CASES = 3  # worst and best
+_CASES = 4  # worst and best
 _STYLES = 4  # translations of one picture by different codes
 
 
