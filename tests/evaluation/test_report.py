@@ -66,12 +66,12 @@ class Page(HTMLParser):
     def all(self, tag: str) -> list[dict[str, str]]:
         return [attributes for name, attributes in self.elements if name == tag]
 
-    def pictures(self) -> list[tuple[str, Image.Image]]:
-        """Alternative text and content of each picture."""
-        found = []
+    def pictures(self) -> dict[str, Image.Image]:
+        """Each picture by its alternative text; of those that have the same, in both directions, the first."""
+        found: dict[str, Image.Image] = {}
         for image in self.all("img"):
             content = base64.b64decode(image["src"].removeprefix("data:image/jpeg;base64,"))
-            found.append((image["alt"], Image.open(io.BytesIO(content))))
+            found.setdefault(image["alt"], Image.open(io.BytesIO(content)))
         return found
 
 
@@ -105,16 +105,16 @@ def test_a_whole_run(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_pictures_are_what_they_are_called(whole: Path) -> None:
-    found = dict(report(whole, number=2).pictures())
+    found = report(whole, number=2).pictures()
     model = load(whole, device="cpu", precision="fp32")
-    source = whole.parent / "data" / "testA" / "one.jpg"
+    source = whole.parent / "data" / "testA" / "five.jpg"
     before = Image.open(source)
     made, back = model.cycle(before, "AtoB")
-    truth = Image.open(whole.parent / "data" / "truthB" / "one.jpg")
+    truth = Image.open(whole.parent / "data" / "truthB" / "five.jpg")
     early = load(whole, which="epoch-1", device="cpu", precision="fp32").translate(before, "AtoB")
     wanted = {"before": before, "after": made, "back": back, "truth": truth, "After epoch 1": early}
     for text, image in wanted.items():
-        shown = found[f"one.jpg, {text}"]
+        shown = found[f"five.jpg, {text}"]
         assert shown.size == (40, 30)
         difference = np.abs(np.asarray(shown, dtype=float) - np.asarray(image, dtype=float)).mean()
         assert difference < 4  # of 255: what JPEG loses of so small a picture
@@ -245,7 +245,7 @@ def test_measured_pictures_that_are_not_here(tmp_path: Path) -> None:
     page = report(measured(run, directions=directions), number=1)
     assert "cases" not in page.sections
     assert "measured pictures are not in this data set" in page.sections[""]
-    assert not [text for text, _ in page.pictures() if "secret" in text]
+    assert not [text for text in page.pictures() if "secret" in text]
 
 
 HOSTILE = "<script>alert(1)</script>\"'&\x1b[2J\u202e"
@@ -276,7 +276,7 @@ def test_text_from_outside_is_only_text(tmp_path: Path) -> None:
     assert "<script>alert(1)</script>" in page.sections["measures"]  # as text, unescaped by the parser
     assert "\x1b" not in page.raw
     assert "\u202e" not in page.raw
-    assert f"{name}, input" in dict(page.pictures())
+    assert f"{name}, input" in page.pictures()
 
 
 def test_pix2pix_has_one_direction(tmp_path: Path) -> None:
@@ -299,7 +299,7 @@ def test_the_halves_of_side_by_side_pictures(tmp_path: Path) -> None:
     pair.save(tmp_path / "data" / "test" / "pair.png")
     aligned = {"pairing": "aligned", "source": "side_by_side"}
     run = make_run(tmp_path, model={"method": "pix2pix", "direction": "BtoA"}, data=aligned, milestones=())
-    found = dict(report(run).pictures())
+    found = report(run).pictures()
     assert found["pair.png, before"].size == (40, 30)
     for text, colour in (("before", (30, 30, 200)), ("truth", (200, 30, 30))):
         assert np.abs(np.asarray(found[f"pair.png, {text}"], dtype=int) - colour).max() < 6
@@ -311,8 +311,8 @@ def test_augmented_shows_several_translations(tmp_path: Path) -> None:
     page = report(run, number=1)
     assert "cycle" not in page.sections
     assert "Code 3" in page.sections["styles"]
-    shown = dict(page.pictures())
-    one, other = (np.asarray(shown[f"one.jpg, code {code}"], dtype=float) for code in (0, 1))
+    shown = page.pictures()
+    one, other = (np.asarray(shown[f"five.jpg, code {code}"], dtype=float) for code in (0, 1))
     assert np.abs(one - other).mean() > 1
 
 
@@ -330,7 +330,7 @@ def test_without_data_the_samples_of_the_training_are_shown(tmp_path: Path) -> N
     page = report(run)
     assert "data set of the run's settings is not here" in page.sections[""]
     assert "not finished" in page.sections[""]
-    assert [text for text, _ in page.pictures()] == [f"Samples of the training, A → B, step {n}" for n in (5, 15, 20)]
+    assert list(page.pictures()) == [f"Samples of the training, A → B, step {n}" for n in (5, 15, 20)]
     with pytest.raises(InputError, match="no pictures of a data set"):
         report(run, data=tmp_path / "nowhere")
     data_set(tmp_path / "moved")
@@ -344,7 +344,7 @@ def test_a_run_before_its_first_checkpoint(tmp_path: Path) -> None:
     page = report(run)
     assert "cannot read the scalars" in page.sections[""]
     assert "none yet" in page.sections["provenance"]
-    assert page.pictures() == []
+    assert page.pictures() == {}
 
 
 def test_damaged_checkpoints_are_passed_over(tmp_path: Path) -> None:
@@ -386,9 +386,9 @@ def test_the_epochs_of_the_grid(tmp_path: Path) -> None:
 def test_pictures_of_ones_own(whole: Path, tmp_path: Path) -> None:
     large = picture(tmp_path / "mine.png", (600, 400))
     page = report(whole, pictures=[large], number=1, out=tmp_path / "out.html")
-    assert dict(page.pictures())["mine.png, after"].size == (600, 400)
+    assert page.pictures()["mine.png, after"].size == (600, 400)
     assert "600 × 400 pixels" in page.sections["sliders"]
-    assert "one.jpg, before" not in dict(page.pictures())
+    assert "five.jpg, before" not in page.pictures()
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no picture")
     with pytest.raises(InputError, match=r"broken\.jpg"):
@@ -403,7 +403,7 @@ def test_the_page_stays_below_its_limit(whole: Path, tmp_path: Path) -> None:
     limit = free - 200_000
     page = report(whole, **options, max_size=limit)
     assert limit * 0.5 < len(page.raw.encode()) <= limit
-    before, after = (dict(page.pictures())[f"mine.png, {text}"].size for text in ("before", "after"))
+    before, after = (page.pictures()[f"mine.png, {text}"].size for text in ("before", "after"))
     assert before == after
     assert before[0] < 600
     assert f"shown at {before[0]} × {before[1]} of 600 × 400 pixels" in page.sections["sliders"]

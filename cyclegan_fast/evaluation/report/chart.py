@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from cyclegan_fast.errors import shown
 from cyclegan_fast.evaluation.records import running_mean
 
 __all__ = ["Chart", "Line", "chart_html", "ticks"]
@@ -66,7 +67,7 @@ def chart_html(chart: Chart) -> str:
         for index, (line, mean) in enumerate(zip(chart.lines, means, strict=True))
     )
     note = f'<p class="note">{_text(chart.note)}</p>' if chart.note else ""
-    label = html.escape(f"{chart.title}: {', '.join(line.label for line in chart.lines)}, over the epochs")
+    label = _text(f"{chart.title}: {', '.join(line.label for line in chart.lines)}, over the epochs")
     return f"""
 <figure class="chart">
 <figcaption><h3>{_text(chart.title)}</h3>{note}<p class="keys"><span class="at"></span>{keys}</p></figcaption>
@@ -94,7 +95,8 @@ def _range(chart: Chart) -> tuple[float, float]:
     low, high = (float(limit) for limit in np.quantile(values, (0.005, 0.995)))
     if chart.from_zero:
         low, high = min(0.0, low), max(0.0, high)
-    room = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
+    flat = high - low < 1e-9 * max(abs(low), abs(high))
+    room = (0.1 * abs(high) if flat else 0.06 * (high - low)) or 1.0
     return low - room * (low != 0.0 or not chart.from_zero), high + room * (high != 0.0)
 
 
@@ -201,4 +203,4 @@ def _words(values: Floats, digits: int) -> list[float | None]:
 
 
 def _text(text: str) -> str:
-    return html.escape(text)
+    return html.escape(shown(text))

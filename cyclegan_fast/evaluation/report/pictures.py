@@ -259,16 +259,25 @@ def ranking(evaluation: Evaluation, direction: str) -> Measure | None:
 def fit(gallery: Gallery, most: int) -> None:
     """Shrink pictures, the largest first, until all together take at most ``most`` bytes of the page.
 
-    Raises InputError where even small pictures do not fit.
+    The two of a slider are shrunk alike. Raises InputError where even small pictures do not fit.
     """
-    shots = list(gallery.shots())
-    while (total := sum(shot.weight for shot in shots)) > most:
-        limit = _limit([shot.weight for shot in shots], most)
-        large = [shot for shot in shots if shot.weight > limit and max(shot.size) > _LEAST]
+    pairs = [(slider.before, slider.after) for slider in gallery.sliders]
+    paired = {id(shot) for pair in pairs for shot in pair}
+    groups = [*pairs, *((shot,) for shot in gallery.shots() if id(shot) not in paired)]
+    while (total := sum(map(_weight, groups))) > most:
+        limit = _limit([_weight(group) for group in groups], most)
+        large = [group for group in groups if _weight(group) > limit and max(group[0].size) > _LEAST]
         if not large:
-            raise InputError(f"the pictures take {total / 1e6:.1f} MB, and {most / 1e6:.1f} MB are left: allow more")
-        for shot in large:
-            _shrink(shot, limit)
+            raise InputError(
+                f"the pictures take {total / 1e6:.2f} MB, and {max(0, most) / 1e6:.2f} MB are left for them: allow a "
+                "larger page, or fewer pictures"
+            )
+        for group in large:
+            _shrink(group, limit)
+
+
+def _weight(group: Sequence[Shot]) -> int:
+    return sum(shot.weight for shot in group)
 
 
 def _limit(weights: Sequence[int], most: int) -> float:
@@ -282,14 +291,14 @@ def _limit(weights: Sequence[int], most: int) -> float:
     return math.inf
 
 
-def _shrink(shot: Shot, limit: float) -> None:
+def _shrink(group: Sequence[Shot], limit: float) -> None:
     """Fewer pixels; what encoding at one quality takes is about in proportion to them."""
-    scale = min(0.95, 0.95 * math.sqrt(limit / shot.weight))
-    longest = max(_LEAST, round(scale * max(shot.size)))
-    with Image.open(io.BytesIO(shot.content)) as image:
-        image.load()
-    small = _within(image, longest)
-    shot.content, shot.size = _jpeg(small, 85), small.size
+    scale = min(0.95, 0.95 * math.sqrt(max(0.0, limit) / _weight(group)))
+    for shot in group:
+        with Image.open(io.BytesIO(shot.content)) as image:
+            image.load()
+        small = _within(image, max(_LEAST, round(scale * max(shot.size))))
+        shot.content, shot.size = _jpeg(small, 85), small.size
 
 
 def _encoder(quality: int) -> Callable[[Image.Image, str, int | None], Shot]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +23,8 @@ from cyclegan_fast.training.checkpoint import (
     step_checkpoints,
 )
 
-__all__ = ["Checkpoint", "Chosen", "Evaluation", "Measure", "Reading", "Run", "columns", "read_evaluation", "read_run"]
+__all__ = ["Checkpoint", "Chosen", "Evaluation", "Measure", "Reading", "Run", "columns", "number", "read_evaluation"]
+__all__ += ["read_run"]
 
 EVALUATION = "evaluation.json"
 _EVALUATION_BYTES = 64 << 20
@@ -54,6 +54,7 @@ class Chosen(Checkpoint):
     step: int
     provenance: Mapping[str, Any]
     pairs_per_step: int
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ def _chosen(folder: Path, which: str, troubles: list[str]) -> Chosen | None:
     candidates = step_checkpoints(folder)[::-1] if which == "latest" else [find_checkpoint(folder, which)]
     for path in candidates:
         try:
-            content = read_checkpoint(path)
+            content, size = read_checkpoint(path), path.stat().st_size
         except CheckpointError as error:
             if which != "latest":
                 raise
@@ -208,7 +209,7 @@ def _chosen(folder: Path, which: str, troubles: list[str]) -> Chosen | None:
         position = content["position"]
         step, per_epoch = position["step"], position.get("steps_per_epoch")
         epoch = step / per_epoch if per_epoch else None
-        return Chosen(path, step, epoch, content.get("provenance", {}), position.get("pairs_per_step", 1))
+        return Chosen(path, step, epoch, content.get("provenance", {}), position.get("pairs_per_step", 1), size)
     return None
 
 
@@ -272,7 +273,7 @@ def _measures(tree: Mapping[str, Any]) -> tuple[Measure, ...]:
 
 
 def _reading(tree: Mapping[str, Any] | None) -> Reading | None:
-    return None if tree is None else Reading(*(_number(tree.get(key)) for key in ("value", "low", "high")))
+    return None if tree is None else Reading(*(number(tree.get(key)) for key in ("value", "low", "high")))
 
 
 def _pictures(items: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, Mapping[str, float]], ...]:
@@ -280,12 +281,13 @@ def _pictures(items: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, Mapping[st
     return tuple(
         (
             str(item["name"]),
-            {str(key): number for key, value in item.items() if (number := _number(value)) is not None},
+            {str(key): number for key, value in item.items() if (number := number(value)) is not None},
         )
         for item in items
     )
 
 
-def _number(value: Any) -> float | None:
-    known = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def number(value: Any) -> float | None:
+    """A value as a finite number, or None if it is none."""
+    known = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
     return float(value) if known else None

@@ -16,7 +16,7 @@ from cyclegan_fast.errors import shown
 from cyclegan_fast.evaluation.records import CURVES, Record, curve_values, generator_terms, values_of
 from cyclegan_fast.evaluation.report.chart import Chart, Line, chart_html
 from cyclegan_fast.evaluation.report.pictures import Case, Gallery, Shot
-from cyclegan_fast.evaluation.report.run import Evaluation, Measure, Reading, Run
+from cyclegan_fast.evaluation.report.run import Evaluation, Measure, Reading, Run, number
 
 __all__ = ["arrow", "sections", "summary", "text"]
 
@@ -163,8 +163,6 @@ def _sliders(gallery: Gallery) -> str:
         caption = f"""<h3 class="cf-caption"><span class="name">{text(slider.name)}</span>
 <span class="pale">{arrow(slider.direction)}, {size}, translated in {slider.seconds:.2g} s</span></h3>"""
         sides = [Side(shot.source, shown(shot.text)) for shot in (slider.before, slider.after)]
-        if slider.after.size != slider.before.size:  # they must lie on one another
-            slider.after.size = slider.before.size
         parts.append(comparison(*sides, slider.before.size, caption=caption, least=_LEAST))
     lead = "Drag the line, or use the arrow keys on the slider. <b>100 %</b> shows one picture pixel a screen pixel."
     small = " small" if all(max(slider.before.size) <= _LEAST for slider in gallery.sliders) else ""
@@ -459,9 +457,8 @@ def _timing(run: Run) -> str:
         ("Share of the measured matrix rate", f"{100 * mfu:.0f} %" if mfu else ""),
         ("Peak memory", f"{memory.max():.2f} GB" if memory.size else ""),
     ]
-    seconds = run.evaluation.provenance.get("seconds") if run.evaluation else None
-    if isinstance(seconds, (int, float)):
-        facts.append(("Measuring", _duration(seconds)))
+    seconds = number(run.evaluation.provenance.get("seconds")) if run.evaluation else None
+    facts.append(("Measuring", _duration(seconds) if seconds else ""))
     return _facts(facts)
 
 
@@ -494,9 +491,7 @@ def _provenance(run: Run, command: str) -> str:
     facts = [
         (
             "Checkpoint",
-            f"{chosen.path.name}, step {chosen.step:,}, {chosen.path.stat().st_size / 1e6:.1f} MB"
-            if chosen
-            else "none yet",
+            f"{chosen.path.name}, step {chosen.step:,}, {chosen.bytes / 1e6:.1f} MB" if chosen else "none yet",
         ),
         ("Written", _moment(trained.get("time"))),
         ("Trained by", _programs(trained)),
@@ -518,6 +513,7 @@ def _programs(provenance: Mapping[str, Any]) -> str:
 
 def _moment(stamp: Any) -> str:
     """A time in seconds, or as it was written."""
-    if isinstance(stamp, (int, float)) and 0 < stamp < 1e11:
-        return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(stamp))
+    seconds = number(stamp)
+    if seconds is not None and 0 < seconds < 1e11:
+        return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
     return str(stamp) if stamp else ""
