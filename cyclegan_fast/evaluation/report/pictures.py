@@ -313,7 +313,7 @@ def _encoder(quality: int) -> Callable[[Image.Image, str, int | None], Shot]:
 def _jpeg(image: Image.Image, quality: int) -> bytes:
     """Full resolution of colour: small pictures are looked at enlarged."""
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality, subsampling=0, optimize=True)
+    image.save(buffer, "JPEG", quality=quality, subsampling=0)  # `optimize` fails where the file outgrows a guess
     return buffer.getvalue()
 
 

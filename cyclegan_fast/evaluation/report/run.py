@@ -44,7 +44,7 @@ class Checkpoint:
     @property
     def label(self) -> str:
         """The epoch if it is known, else the step."""
-        return f"epoch {self.epoch:.4g}" if self.epoch is not None else f"step {self.step:,}"
+        return f"epoch {round(self.epoch, 2):g}" if self.epoch is not None else f"step {self.step:,}"
 
 
 @dataclass(frozen=True)
@@ -281,7 +281,7 @@ def _pictures(items: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, Mapping[st
     return tuple(
         (
             str(item["name"]),
-            {str(key): number for key, value in item.items() if (number := number(value)) is not None},
+            {str(key): known for key, value in item.items() if (known := number(value)) is not None},
         )
         for item in items
     )
