@@ -25,7 +25,7 @@ from cyclegan_fast.evaluation.report.run import Checkpoint, Run, columns, read_e
 from cyclegan_fast.inference.translate import load
 from cyclegan_fast.training.checkpoint import CheckpointError, milestone_path, step_path
 
-VOID = {"meta", "link", "img", "input", "br", "line", "circle", "path"}
+VOID = {"meta", "link", "img", "input", "br", "line", "circle", "path", "wbr"}
 
 
 class Page(HTMLParser):
@@ -105,7 +105,7 @@ def test_a_whole_run(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_pictures_are_what_they_are_called(whole: Path) -> None:
-    found = report(whole, number=2).pictures()
+    found = report(whole, number=2, quality=100).pictures()
     model = load(whole, device="cpu", precision="fp32")
     source = whole.parent / "data" / "testA" / "five.jpg"
     before = Image.open(source)
@@ -117,7 +117,7 @@ def test_the_pictures_are_what_they_are_called(whole: Path) -> None:
         shown = found[f"five.jpg, {text}"]
         assert shown.size == (40, 30)
         difference = np.abs(np.asarray(shown, dtype=float) - np.asarray(image, dtype=float)).mean()
-        assert difference < 4  # of 255: what JPEG loses of so small a picture
+        assert difference < 2  # of 255: what JPEG loses by rounding
     assert np.abs(np.asarray(early, dtype=float) - np.asarray(made, dtype=float)).mean() > 8
 
 
@@ -214,7 +214,7 @@ def test_a_run_is_measured_unless_it_was(tmp_path: Path) -> None:
     found = read_evaluation(run / "evaluation.json")
     assert found.step == 30
     value = next(each.reading.value for each in found.measures["AtoB"] if each.name == "psnr")
-    assert f"{value:.2f}" in page.sections["measures"]
+    assert f"{value:.4g}" in page.sections["measures"]
     assert re.search("(better|worse) than untouched", page.sections["measures"])
     measured(run, step=20)
     before = (run / "evaluation.json").read_bytes()
@@ -257,8 +257,8 @@ def test_text_from_outside_is_only_text(tmp_path: Path) -> None:
         picture(tmp_path / "data" / split / name)
         picture(tmp_path / "data" / split / ("very_long_" * 20 + ".jpg"))
     run = make_run(tmp_path, milestones=())
-    text = (run / "config.yaml").read_text().replace("name: run", f"name: {json.dumps(HOSTILE)}")
-    (run / "config.yaml").write_text(text)
+    text = (run / "config.yaml").read_text().replace("name: run", "name: '<b>\"&'")
+    (run / "config.yaml").write_text(text.replace("cache: null", f"cache: {json.dumps(HOSTILE)}"))
     tree = evaluation(missing=[{"metric": "x", "title": HOSTILE, "why": HOSTILE}])
     metric = measure(20.0, title=HOSTILE, unit=HOSTILE, note=HOSTILE, group=HOSTILE)
     psnr = measure(1.0, title=HOSTILE, unit=HOSTILE)

@@ -57,10 +57,11 @@ def summary(run: Run, gallery: Gallery) -> str:
     state = f"{run.step:,} steps" if done or planned is None else f"{run.step:,} of {planned:,} steps"
     tag = '<span class="tag">finished</span>' if done else '<span class="tag warn">not finished</span>'
     tiles = "".join(f'<div class="tile"><dt>{name}</dt><dd>{value}</dd></div>' for name, value in _tiles(run) if value)
+    tiles = f'<dl class="tiles">{tiles}</dl>' if tiles else ""
     notes = "".join(f"<li>{text(note)}</li>" for note in (*run.troubles, *gallery.notes))
     notes = f'<ul class="notes" aria-label="What is missing">{notes}</ul>' if notes else ""
     what = f"{_METHODS.get(config.model.method, config.model.method)}, {_data_words(config)}, {state}"
-    return f'<h1>{text(config.name)}</h1><p class="what">{text(what)} {tag}</p><dl class="tiles">{tiles}</dl>{notes}'
+    return f'<h1>{text(config.name)}</h1><p class="what">{text(what)} {tag}</p>{tiles}{notes}'
 
 
 _METHODS = {"cyclegan": "CycleGAN", "pix2pix": "pix2pix", "augmented": "Augmented CycleGAN"}
@@ -467,7 +468,8 @@ def _settings(config: Config) -> str:
     own, defaults = _flat(to_dict(config)), _flat(to_dict(Config()))
     changed = [(name, value) for name, value in own.items() if value != defaults.get(name)]
     rows = "".join(
-        f'<tr><th scope="row"><code>{text(name)}</code></th><td>{text(value)}</td>'
+        f'<tr><th scope="row"><code>{text(name).replace(".", ".<wbr>").replace("_", "_<wbr>")}</code></th>'
+        f"<td>{text(value)}</td>"
         f'<td class="pale">{text(defaults.get(name))}</td></tr>'
         for name, value in changed
     )
