@@ -35,7 +35,7 @@ def data_set(root: Path, splits: tuple[str, ...] = ("testA", "testB", "truthA", 
 
 def settings(folder: Path, **sections: Any) -> Config:
     model = {"ngf": 4, "ndf": 4, "blocks": 1, "init_gain": 0.3, **sections.pop("model", {})}
-    data = {"root": str(folder / "data"), "load_size": 40, "crop_size": 32, **sections.pop("data", {})}
+    data = {"root": str(folder / "data"), "load_size": 40, "crop_size": 32, "workers": 1, **sections.pop("data", {})}
     training = {"epochs": 3, "epochs_decay": 0}
     return from_dict(
         {"name": "run", "out": str(folder), "model": model, "data": data, "training": training, **sections}

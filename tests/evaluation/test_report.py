@@ -190,7 +190,7 @@ def test_lower_is_better_turns_the_order(tmp_path: Path) -> None:
 def test_measures_that_are_missing_or_old_are_said_to_be(tmp_path: Path) -> None:
     data_set(tmp_path / "data")
     run = make_run(tmp_path, milestones=())
-    assert "has not been measured" in report(run, number=1).sections["measures"]
+    assert "has not been measured" in report(run, number=0).sections["measures"]
     page = report(measured(run, step=20), number=1)
     assert "measures are of step 20; the pictures on this page are of step 30" in page.sections["measures"]
     assert "cases" in page.sections
@@ -202,7 +202,7 @@ def test_measures_that_are_missing_or_old_are_said_to_be(tmp_path: Path) -> None
         ("[" * 100_000, "is not the JSON of an evaluation"),
     ):
         (run / "evaluation.json").write_text(content)
-        page = report(run, number=1)
+        page = report(run, number=0)
         assert words in page.sections[""]
         assert "has not been measured" in page.sections["measures"]
 

@@ -95,9 +95,9 @@ def _range(chart: Chart) -> tuple[float, float]:
     low, high = (float(limit) for limit in np.quantile(values, (0.005, 0.995)))
     if chart.from_zero:
         low, high = min(0.0, low), max(0.0, high)
-    flat = high - low < 1e-9 * max(abs(low), abs(high))
+    flat = high - low <= 1e-9 * max(abs(low), abs(high))
     room = (0.1 * abs(high) if flat else 0.06 * (high - low)) or 1.0
-    return low - room * (low != 0.0 or not chart.from_zero), high + room * (high != 0.0)
+    return low - room * (low != 0.0 or not chart.from_zero), high + room * (high != 0.0 or flat)
 
 
 def _spread(count: int, most: int) -> npt.NDArray[np.int64]:
