@@ -259,6 +259,17 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     evaluate.add_argument(
         "--format", choices=("text", "json", "markdown"), default="text", help="of standard output (default text)"
     )
+    evaluate.add_argument(
+        "--fid", action="store_true", help='also FID and KID; needs pip install "cyclegan_fast[fid]" and weights'
+    )
+    evaluate.add_argument(
+        "--inception-weights", metavar="FILE", help="torch-fidelity's Inception weights (default: its own download)"
+    )
+    evaluate.add_argument(
+        "--embedding",
+        metavar="random|FILE.pt2",
+        help="the same distances in other features: of a random network, or of a torch.export program",
+    )
     _add_execution_options(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
@@ -546,6 +557,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         pairs=arguments.pairs,
         limit=arguments.limit,
         weights=arguments.weights,
+        fid=arguments.fid,
+        inception_weights=arguments.inception_weights,
+        embedding=arguments.embedding,
         device=arguments.device,
         precision=arguments.precision,
         progress=True,
@@ -554,8 +568,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     out = arguments.out or (checkpoint / "evaluation.json" if checkpoint.is_dir() else None)
     if out is not None:
         found.save(out)
-    print(found.text(arguments.format))
-    return 0
+    print({"text": found.table, "markdown": found.markdown, "json": found.json}[arguments.format]())
+    for name, reason in found.data["left_out"]:
+        print(f"left out: {shown(name)}: {shown(reason)}", file=sys.stderr)
+    return 1 if found.data["left_out"] else 0
 
 
 def _data_synth(arguments: argparse.Namespace) -> int:

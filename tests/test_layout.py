@@ -88,8 +88,9 @@ ALLOWED = {
         *("inference.translate", "training.checkpoint"),
     },
     "evaluation.sets": {"config", "data"},
+    "evaluation.embedding": {"errors", "evaluation.metrics", "tensor_file"},
     "evaluation.evaluate": {
-        *("atomic", "config", "errors", "evaluation", "models.augmented", "progress", "version"),
+        *("config", "errors", "evaluation", "progress", "version"),
         *("inference.translate", "inference.weights", "training.checkpoint"),
     },
     "roofline": {"atomic", "data.store", "machine"},

@@ -1,17 +1,17 @@
 """Everything that is measured of a trained model on a set of pictures: the work of `cyclegan-fast evaluate`.
 
-Both directions are measured, each figure with a 95 % confidence interval for the choice of the pictures; one training
-run is measured, and another one differs by more than that. docs/evaluation.md explains every measure.
+Pictures are measured as files of 8 bits hold them, both directions, each figure with a 95 % confidence interval for the
+choice of the pictures. One training run is measured; another one differs by more than that. docs/evaluation.md has
+every measure.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -21,204 +21,42 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cyclegan_fast.atomic import replacing
-from cyclegan_fast.config import Config, ConfigError, DataConfig, LossConfig, from_dict, upgraded
+from cyclegan_fast.config import Config, DataConfig, LossConfig, from_dict, upgraded
 from cyclegan_fast.errors import InputError
-from cyclegan_fast.evaluation.metrics import (
-    Interval,
-    bootstrap,
-    checkerboard,
-    ms_ssim,
-    ms_ssim_scales,
-    psnr,
-    sliced_wasserstein,
-    ssim,
+from cyclegan_fast.evaluation.embedding import (
+    Embedding,
+    EmbeddingError,
+    features,
+    frechet_distance,
+    inception_embedding,
+    kernel_distance,
+    program_embedding,
+    random_embedding,
+    resampled,
 )
-from cyclegan_fast.evaluation.sets import EvaluationSet, open_set
+from cyclegan_fast.evaluation.hallucination import hallucination, through_cycle
+from cyclegan_fast.evaluation.metrics import Interval, bootstrap, checkerboard, ms_ssim, ms_ssim_scales, psnr, ssim
+from cyclegan_fast.evaluation.photographic import colour_histogram, depth_of_field, exposure, histogram_distance, noise
+from cyclegan_fast.evaluation.result import MEASURES, UNDEFINED, Direction, Evaluation, Metric
+from cyclegan_fast.evaluation.sets import EvaluationSet, Side, open_set
+from cyclegan_fast.evaluation.wasserstein import PatchSet, linear_bootstrap, set_distance
 from cyclegan_fast.inference.translate import DIRECTIONS, Translator, load
 from cyclegan_fast.inference.weights import is_weights, read_weights
 from cyclegan_fast.progress import Bar
 from cyclegan_fast.training.checkpoint import find_checkpoint, read_checkpoint
 from cyclegan_fast.version import __version__
 
-__all__ = ["Evaluation", "Metric", "evaluate", "measure"]
+__all__ = ["evaluate", "measure"]
 
-FORMAT = 1
 Floats = npt.NDArray[np.float64]
 UInt8Array = npt.NDArray[np.uint8]
+Values = dict[str, Floats]
 
 _PIXELS_AT_ONCE = 1 << 19
-_GROUPS = 20
-
-
-@dataclass(frozen=True)
-class _Spec:
-    """What a measure is called, and whether more of it is better (1), worse (-1), or depends on the domain (0)."""
-
-    title: str
-    group: str
-    unit: str
-    better: int
-
-
-_SPECS = {
-    "psnr": _Spec("PSNR from the truth", "truth", "dB", 1),
-    "ssim": _Spec("SSIM with the truth", "truth", "", 1),
-    "ms_ssim": _Spec("Multi-scale SSIM with the truth", "truth", "", 1),
-    "swd": _Spec("Sliced Wasserstein distance", "set", "", -1),
-    "swd_colour": _Spec("Sliced Wasserstein distance, colour seen", "set", "", -1),
-    "cycle_l1": _Spec("Cycle error, mean absolute", "cycle", "levels of 255", -1),
-    "cycle_psnr": _Spec("Cycle, PSNR from the input", "cycle", "dB", 1),
-    "cycle_ssim": _Spec("Cycle, SSIM with the input", "cycle", "", 1),
-    "identity_l1": _Spec("Identity error, mean absolute", "cycle", "levels of 255", -1),
-    "checkerboard_2": _Spec("Checkerboard of 2 pixels", "artefact", "times", -1),
-    "checkerboard_4": _Spec("Checkerboard of 4 pixels", "artefact", "times", -1),
-}
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One measure of one direction.
-
-    ``untouched``: the same of the input pictures themselves; ``target``: of the target domain's real pictures;
-    ``difference``: from untouched, picture by picture. Each an interval, or None where it means nothing. What is
-    infinite or undefined is NaN here, null in JSON.
-    """
-
-    name: str
-    title: str
-    group: str
-    unit: str
-    better: int
-    value: Interval
-    untouched: Interval | None = None
-    target: Interval | None = None
-    difference: Interval | None = None
-    note: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """As in evaluation.json."""
-        return {
-            "title": self.title,
-            "group": self.group,
-            "unit": self.unit,
-            "better": self.better,
-            **_interval_dict(self.value),
-            "untouched": None if self.untouched is None else _interval_dict(self.untouched),
-            "target": None if self.target is None else _interval_dict(self.target),
-            "difference": None if self.difference is None else _interval_dict(self.difference),
-            "note": self.note,
-        }
-
-
-@dataclass(frozen=True)
-class Direction:
-    """The measures of one direction, and those of each picture by name, in the order of ``names``."""
-
-    metrics: list[Metric]
-    names: list[str]
-    values: dict[str, Floats]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """All measures of a model on a set of pictures; see docs/evaluation.md for the form of ``to_dict``."""
-
-    provenance: dict[str, Any]
-    data: dict[str, Any]
-    directions: dict[str, Direction]
-    missing: list[dict[str, str]]
-
-    def to_dict(self) -> dict[str, Any]:
-        """What evaluation.json holds."""
-        return {
-            "format": FORMAT,
-            "provenance": self.provenance,
-            "data": self.data,
-            "directions": {
-                name: {
-                    "metrics": {metric.name: metric.to_dict() for metric in direction.metrics},
-                    "pictures": [
-                        {"name": picture, **{key: _number(values[i]) for key, values in direction.values.items()}}
-                        for i, picture in enumerate(direction.names)
-                    ],
-                }
-                for name, direction in self.directions.items()
-            },
-            "missing": self.missing,
-        }
-
-    def table(self) -> str:
-        """A table for a terminal."""
-        return "\n\n".join(text_table(name, direction.metrics) for name, direction in self.directions.items())
-
-    def text(self, form: str) -> str:
-        """The table as ``text`` or ``markdown``, or all of it as ``json``."""
-        if form == "json":
-            return json.dumps(self.to_dict(), indent=1, allow_nan=False)
-        return self.markdown() if form == "markdown" else self.table()
-
-    def markdown(self) -> str:
-        """A Markdown table."""
-        return "\n\n".join(markdown_table(name, direction.metrics) for name, direction in self.directions.items())
-
-    def save(self, path: str | Path) -> Path:
-        """Write evaluation.json, whole or not at all. Raises InputError."""
-        path = Path(path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as temporary:
-                temporary.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
-        return path
-
-
-_COLUMNS = ("measure", "input", "translated", "95 % interval", "target", "")
-_ARROWS = {1: "more is better", -1: "less is better", 0: ""}
-
-
-def _cell(value: Interval | None) -> str:
-    return "-" if value is None or not math.isfinite(value.value) else f"{value.value:.4g}"
-
-
-def _rows(metrics: Sequence[Metric]) -> list[tuple[str, ...]]:
-    return [
-        (
-            metric.title + (f", {metric.unit}" if metric.unit else ""),
-            _cell(metric.untouched),
-            _cell(metric.value),
-            f"{metric.value.low:.4g} to {metric.value.high:.4g}" if math.isfinite(metric.value.low) else "-",
-            _cell(metric.target),
-            _ARROWS[metric.better],
-        )
-        for metric in metrics
-    ]
-
-
-def text_table(direction: str, metrics: Sequence[Metric]) -> str:
-    """The measures of a direction as aligned columns."""
-    rows = [(direction, *_COLUMNS[1:]), *_rows(metrics)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *rest in rows:
-        cells = [cell.rjust(width) for cell, width in zip(rest[:-1], widths[1:-1], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells, rest[-1]]).rstrip())
-    return "\n".join(lines)
-
-
-def markdown_table(direction: str, metrics: Sequence[Metric]) -> str:
-    """The measures of a direction as a Markdown table."""
-    rows = [(direction, *_COLUMNS[1:]), ("---", *["--:"] * 4, "---"), *_rows(metrics)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def _number(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
-
-
-def _interval_dict(interval: Interval) -> dict[str, float | None]:
-    return {"value": _number(interval.value), "low": _number(interval.low), "high": _number(interval.high)}
+_PATCHES = 128  # of a picture, for the sliced Wasserstein distance
+_PATCHED_PICTURES = 500  # of a set, at most: patches of more would fill the memory
+_ROUND_TRIP = ("cycle_l1", "cycle_psnr", "cycle_ssim", "hallucination", "hallucination_area")
+_FID = ("fid", "kid")
 
 
 def evaluate(
@@ -231,41 +69,67 @@ def evaluate(
     pairs: bool = False,
     limit: int | None = None,
     weights: str = "auto",
+    fid: bool = False,
+    inception_weights: str | Path | None = None,
+    embedding: str | Path | None = None,
     device: str = "auto",
     precision: str = "auto",
     progress: bool = False,
 ) -> Evaluation:
-    """Measure a model on the pictures below ``data``, or on its own run's test pictures."""
+    """Measure a model on the test pictures below ``data``; None: those of its run.
+
+    ``checkpoint``, ``which``, ``weights``, ``device`` and ``precision`` are as in `load`. ``directions``: AtoB, BtoA or
+    both; None: those that the model has. ``split``, ``pairs`` and ``limit``: which pictures, see `sets.open_set`.
+
+    ``fid`` measures FID and KID, with ``inception_weights`` or those that the library downloads; ``embedding`` the
+    same distances in other features, ``"random"`` or a file of `torch.export`, see `embedding`. What cannot be measured
+    is in ``missing`` of the result, with the reason.
+
+    Raises CheckpointError, WeightsError, DataError and InputError, which all are InputErrors, naming what is wrong.
+    """
     begin = time.monotonic()
     translator = load(checkpoint, which=which, device=device, precision=precision, weights=weights)
-    config, provenance = _origin(checkpoint, which, translator)
+    embeddings = [_given_embedding(embedding)] if embedding is not None else []
+    config, origin = _origin(checkpoint, which)
     pictures = open_set(data, config, split=split, pairs=pairs, limit=limit, progress=progress)
-    found = measure(translator, pictures, config, directions=directions, progress=progress)
-    provenance = {"version": __version__, "torch": torch.__version__, "device": str(translator.device)} | {
+    why = "not asked for (--fid)"
+    if fid or inception_weights is not None:
+        try:
+            embeddings.append(inception_embedding(inception_weights, device=translator.device))
+        except EmbeddingError as error:
+            why = str(error)
+    found = measure(translator, pictures, config, directions=directions, embeddings=embeddings, progress=progress)
+    if not any(each.key == "inception" for each in embeddings):
+        found.missing.extend({"metric": name, "title": MEASURES[name].title, "why": why} for name in _FID)
+    provenance = {
+        "version": __version__,
+        "torch": torch.__version__,
+        "device": str(translator.device),
         "precision": translator.precision,
-        **provenance,
+        **origin,
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - begin, 2),
     }
     return replace(found, provenance=provenance)
 
 
-def _origin(checkpoint: str | Path, which: str, translator: Translator) -> tuple[Config, dict[str, Any]]:
-    """The configuration of a model, and where its weights are from."""
+def _given_embedding(which: str | Path) -> Embedding:
+    return random_embedding() if str(which) == "random" else program_embedding(which)
+
+
+def _origin(checkpoint: str | Path, which: str) -> tuple[Config, dict[str, Any]]:
+    """The configuration of a model that has been loaded, and where its weights are from."""
     if is_weights(checkpoint):
         model = read_weights(checkpoint, which, networks=("G_A", "G_B")).model
         # As the de-facto test does: resized, nothing cut off.
         data = DataConfig(load_size=DataConfig.crop_size)
-        identity = LossConfig().identity if model.channels_A == model.channels_B else 0.0
+        identity = LossConfig.identity if model.channels_A == model.channels_B else 0.0
         config = Config(data=data, model=model, loss=LossConfig(identity=identity))
         return config, {"checkpoint": Path(checkpoint).name, "step": None, "epoch": None}
     file = find_checkpoint(Path(checkpoint), which)
     content = read_checkpoint(file)
-    try:
-        config = from_dict(upgraded(content["config"]))
-    except ConfigError as error:  # which the translator has read before
-        raise InputError(f"{file} holds a configuration that this version cannot use: {error}") from error
     position = content.get("position", {})
+    config = from_dict(upgraded(content["config"]))
     return config, {"checkpoint": file.name, "step": position.get("step"), "epoch": position.get("epoch")}
 
 
@@ -275,231 +139,365 @@ def measure(
     config: Config,
     *,
     directions: Sequence[str] | None = None,
+    embeddings: Sequence[Embedding] = (),
     progress: bool = False,
 ) -> Evaluation:
-    """Measure a translator on a set of pictures; ``directions``: None for those that it has."""
-    directions = _directions(translator, directions)
-    work = _Work(translator, pictures, progress)
-    made = {direction: work.direction(direction) for direction in directions}
-    height, width = pictures.size
+    """Measure a translator on a set of pictures, without provenance; ``directions``: None for those that it has."""
+    work = _Work(translator, pictures, config, embeddings, progress)
+    found = {direction: work.direction(direction) for direction in _directions(translator, directions)}
+    sides = pictures.sides
     data = {
         "root": str(pictures.root),
         "split": pictures.split,
-        "count_A": len(pictures.sides["A"]),
-        "count_B": len(pictures.sides["B"]),
+        "count_A": len(sides["A"]),
+        "count_B": len(sides["B"]),
         "pairs": bool(pictures.truth),
-        "size": [height, width],
+        "size": list(pictures.size),
         "preparation": pictures.preparation,
         "left_out": [list(item) for item in pictures.left_out],
     }
-    missing = [dict(zip(("metric", "title", "why"), item, strict=True)) for item in dict.fromkeys(work.missing)]
-    return Evaluation({}, data, made, missing)
+    missing = [{"metric": name, "title": MEASURES[name].title, "why": why} for name, why in work.missing]
+    return Evaluation({}, data, found, missing)
 
 
 def _directions(translator: Translator, wanted: Sequence[str] | None) -> list[str]:
-    """The directions to measure. Raises InputError for one that the model does not have."""
-    if wanted is not None:
-        for direction in wanted:
-            translator.channels(direction)
-        return list(dict.fromkeys(wanted))
-    found = []
-    for direction in DIRECTIONS:
-        try:
-            translator.channels(direction)
-        except InputError:
-            continue
-        found.append(direction)
-    return found
+    """The directions to measure. Raises InputError for one that the model does not have, and for none."""
+    if wanted is None:
+        return [direction for direction in DIRECTIONS if _lacks(translator, direction) is None]
+    for direction in wanted:
+        translator.channels(direction)
+    if not wanted:
+        raise InputError("directions is empty: AtoB, BtoA, or None for all that the model has")
+    return list(dict.fromkeys(wanted))
+
+
+def _lacks(translator: Translator, direction: str) -> str | None:
+    """Why a model does not translate in a direction, or None if it does."""
+    try:
+        translator.channels(direction)
+    except InputError as error:
+        return str(error)
+    return None
 
 
 class _Work:
-    """Measuring one model on one set."""
+    """Measuring one model on one set: what both directions share is measured once."""
 
-    def __init__(self, translator: Translator, pictures: EvaluationSet, progress: bool) -> None:
-        self.translator, self.pictures, self.progress = translator, pictures, progress
-        self.missing: list[tuple[str, str, str]] = []
-        self._real: dict[str, dict[str, Floats]] = {}
-        height, width = pictures.size
-        self.at_once = max(1, _PIXELS_AT_ONCE // (height * width))
+    def __init__(
+        self,
+        translator: Translator,
+        pictures: EvaluationSet,
+        config: Config,
+        embeddings: Sequence[Embedding],
+        progress: bool,
+    ) -> None:
+        self.translator, self.pictures, self.embeddings, self.progress = translator, pictures, embeddings, progress
+        self.method = config.model.method
+        self.missing: dict[tuple[str, str], None] = {}
+        self.alike = pictures.sides["A"].channels == pictures.sides["B"].channels
+        self.at_once = max(1, _PIXELS_AT_ONCE // math.prod(pictures.size))
+        counts = [min(len(side), _PATCHED_PICTURES) for side in pictures.sides.values()]
+        self.patches = _PATCHES * min(counts)
+        self._real: dict[str, Values] = {}
+        self._sets: dict[str, _Summary] = {}
 
     def direction(self, direction: str) -> Direction:
         """All measures of a direction."""
         source, target = direction[0], direction[-1]
         side = self.pictures.sides[source]
-        alike = side.channels == self.pictures.sides[target].channels
         made, values = self._translate(direction)
-        reference = self._singles_of(source) if alike else {}
+        before = self._singles_of(source) | self._untouched(source) if self.alike else {}
         goal = self._singles_of(target)
-        untouched = self._truth_values(side, source) if alike else {}
-        metrics = []
-        for name, found in values.items():
-            before = untouched.get(name) if _SPECS[name].group == "truth" else reference.get(name)
-            metrics.append(_metric(name, found, before, goal.get(name)))
-        metrics += self._set_metrics(direction, made, alike)
-        metrics.sort(key=lambda metric: list(_SPECS).index(metric.name))
-        return Direction(metrics, side.names, values)
+        metrics = {name: _of_pictures(name, found, before.get(name), goal.get(name)) for name, found in values.items()}
+        if self.alike:
+            gain = values["separation"] - before["separation"]
+            metrics["depth_of_field_gain"] = self._gain(source, gain, before["separation"])
+            values["depth_of_field_gain"] = gain
+        metrics |= self._identity(direction)
+        metrics |= self._of_sets(direction, made)
+        self._say_what_is_missing(direction)
+        return Direction({name: metrics[name] for name in MEASURES if name in metrics}, side.names, values)
 
-    def _translate(self, direction: str) -> tuple[UInt8Array, dict[str, Floats]]:
+    # Single pictures
+
+    def _translate(self, direction: str) -> tuple[UInt8Array, Values]:
         """The translations of all pictures, uint8 [N, C, h, w] in a temporary file, and what is measured of each."""
         source, target = direction[0], direction[-1]
         side = self.pictures.sides[source]
-        back = self._can_return(direction)
         made = _scratch((len(side), self.pictures.sides[target].channels, *self.pictures.size))
-        parts: list[dict[str, Floats]] = []
-        for start in self._steps(len(side), f"{direction}"):
-            images = side[start : start + self.at_once]
-            batch = torch.from_numpy(images)
-            signed = _signed(batch).to(self.translator.device)
-            if back:
-                there, again = (_bytes(picture) for picture in self.translator.cycle(signed, direction))
-            else:
-                there, again = _bytes(self.translator.translate(signed, direction)), None
+        parts = []
+        for start, images in self._batches(side, f"{source} to {target}"):
+            there, values = self._one_batch(images, direction, start)
             made[start : start + len(images)] = there.numpy()
-            values = self._singles(there)
-            if again is not None:
-                values |= _cycle_values(batch, again)
-            values |= self._compared(there, source, range(start, start + len(images)))
+            values |= _singles(there) | self._compared(there, source, start)
             parts.append(values)
-        return made, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return made, _joined(parts)
 
-    def _can_return(self, direction: str) -> bool:
-        """Whether there is a way back; if not, that is said."""
-        why = ""
-        if self.translator._with_codes is not None:
-            why = "Augmented CycleGAN's way back needs its encoders; translations are those of the codes of seed 0"
-        else:
-            try:
-                self.translator.channels(direction[::-1].replace("ot", "to"))
-            except InputError as error:
-                why = str(error)
-        if why:
-            for name in ("cycle_l1", "cycle_psnr", "cycle_ssim"):
-                self.missing.append((name, _SPECS[name].title, why))
-        return not why
+    def _one_batch(self, images: Tensor, direction: str, start: int) -> tuple[Tensor, Values]:
+        """Translations of uint8 pictures, and the measures of the way back, if there is one."""
+        signed = (images.float() / 127.5 - 1).to(self.translator.device)
+        if self._no_way_back(direction):
+            return _bytes(self.translator.translate(signed, direction)), {}
+        exact, back = self.translator.cycle(signed, direction)
+        there, again = _bytes(exact), _bytes(back)
+        values = {"cycle_l1": _mean_absolute(again, images)}
+        values |= {"cycle_psnr": psnr(again, images).numpy(), "cycle_ssim": ssim(again, images).numpy()}
+        if self.alike:
+            other = _reverse(direction)
+            _, kept = through_cycle(
+                lambda _: exact, lambda picture: self.translator.translate(picture, other), signed, seed=start
+            )
+            found = hallucination(images, there, _bytes(kept))
+            values["hallucination"] = 100 * found.share.numpy()
+            values["hallucination_area"] = 100 * found.area.numpy()
+        return there, values
 
-    def _compared(self, made: Tensor, source: str, places: Sequence[int]) -> dict[str, Floats]:
-        """PSNR, SSIM and multi-scale SSIM with the truth, NaN where there is none; {} where there is none at all."""
-        if source not in self.pictures.truth:
+    def _compared(self, images: Tensor, source: str, start: int) -> Values:
+        """Nearness to the truth of the pictures from ``start`` on: NaN where it is not known, {} if it never is."""
+        truth = self.pictures.truth.get(source)
+        if truth is None:
             return {}
-        truth = self.pictures.truth[source]
-        scales = ms_ssim_scales(*self.pictures.size)
-        measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "ssim": ssim}
-        measures["ms_ssim"] = lambda x, y: ms_ssim(x, y, scales=scales)
-        here = [i for i, place in enumerate(places) if place in truth.places]
-        values = {name: np.full(len(places), np.nan) for name in measures}
-        if here:
-            theirs = torch.from_numpy(truth.side[[truth.places[places[i]] for i in here]])
-            for name, compare in measures.items():
-                values[name][here] = compare(made[here], theirs).numpy()
+        known = [i for i in range(len(images)) if start + i in truth.places]
+        values = {name: np.full(len(images), np.nan) for name in ("psnr", "ssim", "ms_ssim")}
+        if known:
+            mine, theirs = images[known], torch.from_numpy(truth.side[[truth.places[start + i] for i in known]])
+            scales = ms_ssim_scales(*self.pictures.size)
+            found = psnr(mine, theirs), ssim(mine, theirs), ms_ssim(mine, theirs, scales=scales)
+            for each, value in zip(values.values(), found, strict=True):
+                each[known] = value.numpy()
         return values
 
-    def _truth_values(self, side: Any, source: str) -> dict[str, Floats]:
-        """What `_compared` gives for the input pictures themselves."""
-        parts = [
-            self._compared(torch.from_numpy(side[start : start + self.at_once]), source, places)
-            for start in range(0, len(side), self.at_once)
-            for places in [range(start, min(start + self.at_once, len(side)))]
-        ]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    def _untouched(self, source: str) -> Values:
+        """Nearness of the input pictures themselves to the truth."""
+        if source not in self.pictures.truth:
+            return {}
+        side = self.pictures.sides[source]
+        return _joined([self._compared(images, source, start) for start, images in self._batches(side)])
 
-    def _singles_of(self, domain: str) -> dict[str, Floats]:
+    def _singles_of(self, domain: str) -> Values:
         """What is measured of single pictures, of the real ones of a domain."""
         if domain not in self._real:
             side = self.pictures.sides[domain]
-            parts = [
-                self._singles(torch.from_numpy(side[start : start + self.at_once]))
-                for start in range(0, len(side), self.at_once)
-            ]
-            self._real[domain] = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            batches = self._batches(side, f"real pictures of {domain}")
+            self._real[domain] = _joined([_singles(images) for _, images in batches])
         return self._real[domain]
 
-    def _singles(self, images: Tensor) -> dict[str, Floats]:
-        """What is measured of pictures alone."""
-        contrast = checkerboard(images).contrast.numpy()
-        return {"checkerboard_2": contrast[:, 0], "checkerboard_4": contrast[:, 1]}
+    def _gain(self, source: str, gain: Floats, before: Floats) -> Metric:
+        """How much more the background is separated than in the input; the target is what the truth gains."""
+        target = None
+        if truth := self.pictures.truth.get(source):
+            known = sorted(truth.places)
+            separation = _joined([_depth(images) for _, images in self._batches(truth.side)])["separation"]
+            target = _mean(separation[[truth.places[i] for i in known]] - before[known])
+        return Metric("depth_of_field_gain", _mean(gain), target=target, note="target: what the truth gains")
 
-    def _set_metrics(self, direction: str, made: UInt8Array, alike: bool) -> list[Metric]:
-        source, target = direction[0], direction[-1]
-        goal = self.pictures.sides[target][:]
-        groups = min(_GROUPS, len(goal), len(made))
-        metrics = []
-        for name, statistics in (("swd", "own"), ("swd_colour", "reference")):
-            found = _swd_interval(goal, made, statistics, groups)
-            before = _swd_interval(goal, self.pictures.sides[source][:], statistics, groups) if alike else None
-            spec = _SPECS[name]
-            metrics.append(Metric(name, spec.title, spec.group, spec.unit, spec.better, found, before))
-        metrics += self._identity(direction, alike)
-        return metrics
-
-    def _identity(self, direction: str, alike: bool) -> list[Metric]:
-        spec = _SPECS["identity_l1"]
-        if not alike:
-            self.missing.append(("identity_l1", spec.title, "the domains have different channels"))
-            return []
+    def _identity(self, direction: str) -> dict[str, Metric]:
+        """The change that a generator makes to pictures that are of its target domain already."""
+        if not self.alike or self.method != "cyclegan":
+            return {}
         side = self.pictures.sides[direction[-1]]
         errors = []
-        for start in self._steps(len(side), f"{direction} identity"):
-            batch = torch.from_numpy(side[start : start + self.at_once])
-            same = _bytes(self.translator.translate(_signed(batch).to(self.translator.device), direction))
-            errors.append(_mean_absolute(same, batch))
-        return [_metric("identity_l1", np.concatenate(errors), None, None)]
+        for _, images in self._batches(side, f"identity of {direction[-1]}"):
+            signed = (images.float() / 127.5 - 1).to(self.translator.device)
+            errors.append(_mean_absolute(_bytes(self.translator.translate(signed, direction)), images))
+        note = f"of the {len(side)} real pictures of {direction[-1]}"
+        return {"identity_l1": Metric("identity_l1", _mean(np.concatenate(errors)), note=note)}
 
-    def _steps(self, count: int, label: str) -> Iterator[int]:
-        """Starts of the batches, under a progress bar."""
-        with Bar(total=count, desc=label, unit="picture", disable=not self.progress) as bar:
-            for start in range(0, count, self.at_once):
-                yield start
-                bar.update(min(self.at_once, count - start))
+    # Sets
+
+    def _of_sets(self, direction: str, made: UInt8Array) -> dict[str, Metric]:
+        """How far the set of translations is from the real pictures of the target domain."""
+        source, target = direction[0], direction[-1]
+        goal = self._summary(target, self.pictures.sides[target])
+        found = self._summarised(_Translations(made))
+        others: dict[str, _Summary | None] = {"untouched": None, "target": None}
+        if self.alike:
+            others["untouched"] = self._summary(source, self.pictures.sides[source])
+        truth = self.pictures.truth.get(source)
+        if truth is not None and not self.pictures.paired and len(truth.side) == len(made):
+            others["target"] = self._summary(f"truth of {source}", truth.side)
+        metrics: dict[str, Metric] = {}
+        for name, note in self._set_measures(goal, found):
+            beside = {key: None if other is None else goal.distance(name, other) for key, other in others.items()}
+            metrics[name] = Metric(name, goal.distance(name, found), **beside, note=note)
+        return metrics
+
+    def _set_measures(self, goal: _Summary, found: _Summary) -> Iterator[tuple[str, str]]:
+        """Names and notes of the measures of sets."""
+        count = min(goal.patches.count, found.patches.count)
+        note = f"{_PATCHES} patches each of {count} pictures; compare equal numbers only"
+        yield from (("swd", note), ("swd_colour", note), ("colour_distance", ""))
+        for embedding in self.embeddings:
+            names = _FID if embedding.key == "inception" else (f"frechet_{embedding.key}", f"kernel_{embedding.key}")
+            size = found.features[embedding.key].shape[1]
+            few = f"{size} features of {len(goal.histograms)} and {len(found.histograms)} pictures: far too large"
+            yield names[0], f"{embedding.note}; {few}, as of few pictures always; compare equal numbers only"
+            yield names[1], embedding.note
+
+    def _summary(self, name: str, side: Side) -> _Summary:
+        if name not in self._sets:
+            self._sets[name] = self._summarised(side)
+        return self._sets[name]
+
+    def _summarised(self, side: Side | _Translations) -> _Summary:
+        histograms = [colour_histogram(_colours(images)).numpy() for _, images in self._batches(side)]
+        some = np.linspace(0, len(side) - 1, min(len(side), _PATCHED_PICTURES)).round().astype(int).tolist()
+        step = self.at_once
+        chosen = (torch.from_numpy(side[some[i : i + step]]) for i in range(0, len(some), step))
+        patches = PatchSet(chosen, len(some), self.patches)
+        found = {
+            embedding.key: features(embedding, (images for _, images in self._batches(side)))
+            for embedding in self.embeddings
+        }
+        return _Summary(patches, np.concatenate(histograms), found)
+
+    # What is left out
+
+    def _no_way_back(self, direction: str) -> str | None:
+        """Why there is no way back, or None if there is."""
+        if self.method == "augmented":
+            return "the way back of Augmented CycleGAN needs its encoders; translations are by the codes of seed 0"
+        return _lacks(self.translator, _reverse(direction))
+
+    def _say_what_is_missing(self, direction: str) -> None:
+        reasons: dict[str, str] = {}
+        if self.method != "cyclegan":
+            reasons["identity_l1"] = f"{self.method} is not trained to leave pictures of its target domain as they are"
+        if not self.alike:
+            why = "the domains differ in channels"
+            reasons |= dict.fromkeys(("hallucination", "hallucination_area", "identity_l1", "depth_of_field_gain"), why)
+        if why_not := self._no_way_back(direction):
+            reasons |= dict.fromkeys(_ROUND_TRIP, why_not)
+        if direction[0] not in self.pictures.truth:
+            domain = direction[-1]
+            why = f"no truth: neither a folder truth{domain} nor pairs ({direction[0]} to {domain})"
+            reasons |= dict.fromkeys(("psnr", "ssim", "ms_ssim"), why)
+        self.missing |= dict.fromkeys(reasons.items())
+
+    def _batches(self, side: Side | _Translations, label: str | None = None) -> Iterator[tuple[int, Tensor]]:
+        """Where each batch begins, and its pictures, uint8 [n, C, h, w]; with a label under a progress bar."""
+        disable = label is None or not self.progress
+        with Bar(total=len(side), desc=label, unit="picture", disable=disable) as bar:
+            for start in range(0, len(side), self.at_once):
+                images = torch.from_numpy(side[start : start + self.at_once])
+                yield start, images
+                bar.update(len(images))
 
 
-def _metric(name: str, found: Floats, before: Floats | None, goal: Floats | None) -> Metric:
-    """A measure of single pictures: means over them, with bootstrap intervals."""
-    spec = _SPECS[name]
-    difference = _mean(found - before) if before is not None else None
-    untouched = None if before is None else _mean(before)
-    target = None if goal is None else _mean(goal)
-    return Metric(name, spec.title, spec.group, spec.unit, spec.better, _mean(found), untouched, target, difference)
+class _Translations:
+    """Translations in a file, read like a `Side`."""
+
+    def __init__(self, made: UInt8Array) -> None:
+        self._made = made
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def __getitem__(self, chosen: slice | Sequence[int]) -> UInt8Array:
+        return np.array(self._made[chosen])
 
 
-def _mean(values: Floats) -> Interval:
-    known = values[~np.isnan(values)]
-    if not np.isfinite(known).all() or len(known) < 2:
-        return Interval(math.nan, math.nan, math.nan)
-    return bootstrap(known)
+class _Summary:
+    """What is kept of a set to compare it with others: patches, colours and features."""
+
+    def __init__(self, patches: PatchSet, histograms: Floats, found: dict[str, Floats]) -> None:
+        self.patches, self.histograms, self.features = patches, histograms, found
+
+    def distance(self, name: str, other: _Summary) -> Interval:
+        """One measure of how far another set is from this one."""
+        if name in ("swd", "swd_colour"):
+            statistics = "own" if name == "swd" else "reference"
+            value, *influences = set_distance(self.patches, other.patches, statistics=statistics)
+            return linear_bootstrap(value, influences)
+        if name == "colour_distance":
+            return _colour_distance(self.histograms, other.histograms)
+        kind, _, key = name.partition("_")
+        formula = frechet_distance if kind in ("fid", "frechet") else kernel_distance
+        key = key or "inception"
+        return resampled(formula, self.features[key], other.features[key])
 
 
-def _swd_interval(goal: UInt8Array, made: UInt8Array, statistics: str, groups: int) -> Interval:
-    found = sliced_wasserstein(goal, made, statistics=statistics)
-    error = 1.96 * (
-        sliced_wasserstein(goal, made, statistics=statistics, groups=groups, directions=64).mean_error or 0.0
+def _colour_distance(reference: Floats, other: Floats) -> Interval:
+    """Distance of the mean histograms [D, B] of two sets [N, D, B], with its bootstrap by influences."""
+    means = [histograms.mean(axis=0) for histograms in (reference, other)]
+    value = float(histogram_distance(*(torch.from_numpy(mean) for mean in means)))
+    signs = np.sign(means[1] - means[0])
+    # Of a picture, the distance's derivative by its weight: an integral over the bins, as for any Wasserstein distance.
+    own, theirs = (
+        2 * np.tensordot(histograms - mean, signs, axes=2) / len(signs)
+        for histograms, mean in zip((reference, other), means, strict=True)
     )
-    return Interval(found.mean, max(found.mean - error, 0.0), found.mean + error)
+    return linear_bootstrap(value, (-own, theirs))
 
 
-def _cycle_values(images: Tensor, again: Tensor) -> dict[str, Floats]:
+def _singles(images: Tensor) -> Values:
+    """What is measured of pictures alone, uint8 [N, C, h, w]; [N] each."""
+    colours = _colours(images)
+    light = exposure(colours)
+    contrast = checkerboard(colours).contrast.numpy()
     return {
-        "cycle_l1": _mean_absolute(again, images),
-        "cycle_psnr": psnr(again, images).numpy(),
-        "cycle_ssim": ssim(again, images).numpy(),
+        **_depth(images),
+        "noise": noise(colours).numpy(),
+        "lightness": light.mean.numpy(),
+        "shadows": 100 * light.shadows.numpy(),
+        "highlights": 100 * light.highlights.numpy(),
+        "checkerboard_2": contrast[:, 0],
+        "checkerboard_4": contrast[:, 1],
     }
 
 
+def _depth(images: Tensor) -> Values:
+    field = depth_of_field(_colours(images))
+    sharpness = {"subject_sharpness": field.subject.numpy(), "background_sharpness": field.background.numpy()}
+    return {**sharpness, "separation": field.separation.numpy()}
+
+
+def _colours(images: Tensor) -> Tensor:
+    """Gray or RGB, without alpha."""
+    return images[:, :1] if images.shape[1] < 3 else images[:, :3]
+
+
+def _of_pictures(name: str, found: Floats, before: Floats | None, goal: Floats | None) -> Metric:
+    """A measure of single pictures: means over them."""
+    difference = None if before is None else _mean(found - before)
+    lost = int(np.isnan(found).sum())
+    note = f"of {len(found) - lost} pictures; for {lost} it is not known" if lost else ""
+    beside = [None if values is None else _mean(values) for values in (before, goal)]
+    return Metric(name, _mean(found), *beside, difference, note)
+
+
+def _mean(values: Floats) -> Interval:
+    """The mean of those that are known. Where one is infinite, or fewer than two are known, it is undefined."""
+    known = values[~np.isnan(values)]
+    return bootstrap(known) if len(known) > 1 and np.isfinite(known).all() else UNDEFINED
+
+
+def _reverse(direction: str) -> str:
+    return DIRECTIONS[1 - DIRECTIONS.index(direction)]
+
+
+def _joined(parts: Sequence[Values]) -> Values:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
 def _mean_absolute(first: Tensor, second: Tensor) -> Floats:
-    """Mean absolute difference of uint8 pictures, levels, float64 [N]."""
+    """Mean absolute difference of uint8 pictures, levels of 255, [N]."""
     error: Floats = (first.double() - second.double()).abs().mean(dim=(1, 2, 3)).numpy()
     return error
 
 
-def _signed(images: Tensor) -> Tensor:
-    return images.float() / 127.5 - 1
-
-
 def _bytes(images: Tensor) -> Tensor:
-    """Pictures in [-1, 1] as they are written: uint8, on the CPU."""
+    """Pictures in [-1, 1] as a file holds them, uint8 on the CPU."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().contiguous()
 
 
 def _scratch(shape: tuple[int, ...]) -> UInt8Array:
-    """uint8 in a temporary file, which ends with the array."""
-    with tempfile.TemporaryFile() as file:
-        return np.memmap(file, dtype=np.uint8, mode="w+", shape=shape)
+    """Room for pictures in a temporary file, which ends with the array. Raises InputError."""
+    try:
+        with tempfile.TemporaryFile() as file:
+            return np.memmap(file, dtype=np.uint8, mode="w+", shape=shape)
+    except OSError as error:
+        raise InputError(
+            f"{math.prod(shape) / 1e6:.0f} MB of translations cannot be kept in {tempfile.gettempdir()}: "
+            f"{error.strerror or error}; name another folder by TMPDIR"
+        ) from error

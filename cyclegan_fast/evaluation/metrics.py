@@ -127,10 +127,18 @@ def _blur(x: Tensor) -> Tensor:
 
 
 def _separable(x: Tensor, window: Tensor) -> Tensor:
-    """Correlate the rows and the columns of every channel of [N, C, H, W] with a window [K]; no padding."""
-    flat = F.conv2d(x.flatten(0, 1)[:, None], window.view(1, 1, 1, -1))
-    flat = F.conv2d(flat, window.view(1, 1, -1, 1))
-    return flat.view(*x.shape[:2], *flat.shape[2:])
+    """Correlate the rows and the columns of every channel of [N, C, H, W] with a window [K]; no padding.
+
+    Sums of shifted pictures: ten times as fast on a CPU as a convolution, which is not made for one channel in float64.
+    """
+    for axis in (3, 2):
+        length = x.shape[axis] - len(window) + 1
+        shifted = [x.narrow(axis, i, length) for i in range(len(window))]
+        weights = window.tolist()
+        x = shifted[0] * weights[0]
+        for part, weight in zip(shifted[1:], weights[1:], strict=True):
+            x.add_(part, alpha=weight)
+    return x
 
 
 # Sets of pictures
@@ -191,7 +199,9 @@ def sliced_wasserstein(
     draws = _Draws(fewest * patches, directions, seed)
     levels: dict[int, float] = {}
     left_out: list[Floats] = []
-    for number, (level, other_level) in enumerate(zip(*(_pyramid(batch, smallest) for batch in batches), strict=True)):
+    for number, (level, other_level) in enumerate(
+        zip(*(laplacian_pyramid(batch, smallest) for batch in batches), strict=True)
+    ):
         first = _slices(level, number, draws)
         second = _slices(other_level, number, draws, first.mean_std if statistics == "reference" else None)
         levels[first.side] = _mean_difference(first.sorted, second.sorted)
@@ -225,7 +235,7 @@ class ReferenceSet:
         smallest: int = 16,
         seed: int = 0,
     ) -> None:
-        batch = _as_batch(reference, value_range, "reference")
+        batch = as_batch(reference, value_range, "reference")
         if count < 1:
             raise InputError(f"count = {count!r} is not allowed: an integer >= 1")
         others = batch[:1].expand(count, *batch.shape[1:])
@@ -235,16 +245,18 @@ class ReferenceSet:
         self._own = statistics == "own"
         self._levels = [
             dataclasses.replace(slices, order=None)
-            for slices in (_slices(level, i, self._draws) for i, level in enumerate(_pyramid(batch, smallest)))
+            for slices in (_slices(level, i, self._draws) for i, level in enumerate(laplacian_pyramid(batch, smallest)))
         ]
 
     def distance(self, other: Pictures, *, value_range: Range = None) -> SlicedWasserstein:
         """The distance of a set of ``count`` pictures of the reference's shape, without standard errors."""
-        batch = _as_batch(other, value_range, "other").to(self._device)
+        batch = as_batch(other, value_range, "other").to(self._device)
         if batch.shape != self._shape:
             raise InputError(f"other has shape {list(batch.shape)}, but {list(self._shape)} was announced")
         levels: dict[int, float] = {}
-        for number, (known, level) in enumerate(zip(self._levels, _pyramid(batch, self._smallest), strict=True)):
+        for number, (known, level) in enumerate(
+            zip(self._levels, laplacian_pyramid(batch, self._smallest), strict=True)
+        ):
             found = _slices(level, number, self._draws, None if self._own else known.mean_std)
             levels[known.side] = _mean_difference(known.sorted, found.sorted)
         return SlicedWasserstein(levels, sum(levels.values()) / len(levels))
@@ -268,7 +280,7 @@ def _check_sets(
         raise InputError(f"groups = {groups!r} is not allowed: 0, or 2 to the number of pictures, here {fewest}")
 
 
-def _pyramid(images: Tensor, smallest: int) -> Iterator[Tensor]:
+def laplacian_pyramid(images: Tensor, smallest: int) -> Iterator[Tensor]:
     """Laplacian pyramid of [N, C, H, W], finest level first; the last one is what is left and no difference."""
     window = torch.tensor(_BINOMIAL, dtype=images.dtype, device=images.device)
     while (min(images.shape[2:]) + 1) // 2 >= smallest:
@@ -285,10 +297,13 @@ def _mirrored(x: Tensor) -> Tensor:
     return F.pad(x, (2, 2, 2, 2), mode="reflect")
 
 
-def _patches(images: Tensor, places: Floats) -> Tensor:
-    """Patches [P, C, 7, 7], as many of each picture of [N, C, H, W], at places [2, P]: y and x, each in [0, 1)."""
+def cut_patches(images: Tensor, places: Floats, picture: Tensor | None = None) -> Tensor:
+    """Patches [P, C, 7, 7] of [N, C, H, W] at places [2, P]: y and x, each in [0, 1).
+
+    ``picture``, int64 [P], says of which pictures; None: as many of each.
+    """
     count, device = places.shape[1], images.device
-    picture = torch.arange(count, device=device) * images.shape[0] // count
+    picture = torch.arange(count, device=device) * images.shape[0] // count if picture is None else picture
     corners = [
         torch.from_numpy((place * (side - 6)).astype(np.int64)).to(device)
         for place, side in zip(places, images.shape[2:], strict=True)
@@ -303,7 +318,7 @@ def _patches(images: Tensor, places: Floats) -> Tensor:
     ]
 
 
-def _mean_std(patches: Tensor) -> tuple[Tensor, Tensor]:
+def channel_mean_std(patches: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation [1, C, 1, 1] of the channels; 1 for the deviation of what is flat."""
     std, mean = torch.std_mean(patches, dim=(0, 2, 3), correction=0, keepdim=True)
     return mean, torch.where(std < _FLAT, torch.ones_like(std), std)
@@ -330,9 +345,9 @@ class _Slices:
 def _slices(level: Tensor, number: int, draws: _Draws, mean_std: tuple[Tensor, Tensor] | None = None) -> _Slices:
     """The patches of level `number`, [N, C, H, W], normalised by their own statistics or by those given."""
     random = np.random.default_rng((draws.seed, number))
-    patches = _patches(level, random.random((2, draws.patches)))
+    patches = cut_patches(level, random.random((2, draws.patches)))
     vectors = random.standard_normal((patches[0].numel(), draws.directions))
-    mean_std = mean_std or _mean_std(patches)
+    mean_std = mean_std or channel_mean_std(patches)
     rows = _projections(patches, *mean_std, vectors)
     return _Slices(min(level.shape[2:]), mean_std, rows.values, rows.indices)
 

@@ -120,7 +120,7 @@ def open_set(
     truths = {} if pairs or halves or split != "test" else _scan_truth(folder, progress)
     paired = pairs or halves or (config.data.pairing == "aligned" and not truths)
     bad = [(str(path), reason) for scan in [*scans.values(), *truths.values()] for path, reason in scan.bad]
-    entries = _chosen(scans, split, limit, config.seed, paired)
+    entries = _chosen(scans, limit, config.seed, paired)
     _check_counts(scans, entries)
     entries |= {name: _named_like(scan.entries, entries[_OTHER[name[-1]]]) for name, scan in truths.items()}
     stores = {
@@ -191,7 +191,7 @@ def _scan_truth(folder: Path, progress: bool) -> Folders:
     return {name: scan_folder(folder / name, split=name, progress=progress) for name in names}
 
 
-def _chosen(scans: Folders, split: str, limit: int | None, seed: int, paired: bool) -> dict[str, tuple[Entry, ...]]:
+def _chosen(scans: Folders, limit: int | None, seed: int, paired: bool) -> dict[str, tuple[Entry, ...]]:
     """The pictures of A and B; of pairs, whole ones."""
     if not paired:
         return {domain: subset(scan.entries, limit, seed, domain) for domain, scan in scans.items()}
@@ -211,9 +211,9 @@ def _check_counts(scans: Folders, found: Mapping[str, Sequence[object]]) -> None
     for domain, scan in scans.items():
         if len(found[domain]) < FEWEST:
             bad = f"; {len(scan.bad)} files cannot be used" if scan.bad else ""
+            count = len(found[domain])
             raise DataError(
-                f"{scan.folder}: {len(found[domain])} pictures of {domain} are too few to measure, {FEWEST} are the least"
-                f"{bad}"
+                f"{scan.folder}: {count} pictures of {domain} are too few to measure: at least {FEWEST}{bad}"
             )
 
 
@@ -239,8 +239,8 @@ def _window(folder: Path, config: Config, stores: Sequence[Store]) -> tuple[int,
     window = (crop, crop) if crop else (int(sizes[:, 0].min()), int(sizes[:, 1].min()))
     if min(window) < _SMALLEST:
         raise DataError(
-            f"{folder}: prepared as in training, pictures of {window[1]} x {window[0]} pixels are too small to measure: "
-            f"both sides must have {_SMALLEST}"
+            f"{folder}: prepared as in training, pictures of {window[1]} x {window[0]} pixels are too small to "
+            f"measure: both sides must have {_SMALLEST}"
         )
     return window
 

@@ -279,9 +279,9 @@ def test_a_reference_is_computed_once(monkeypatch: pytest.MonkeyPatch, statistic
     settings: dict[str, Any] = {"statistics": statistics, "patches": 5, "directions": 16, "seed": 3}
     reference = ReferenceSet(x, count, **UNIT, **settings)
     seen: list[int] = []
-    real = metrics._pyramid
+    real = metrics.laplacian_pyramid
     monkeypatch.setattr(
-        metrics, "_pyramid", lambda images, smallest: (seen.append(len(images)), real(images, smallest))[1]
+        metrics, "laplacian_pyramid", lambda images, smallest: (seen.append(len(images)), real(images, smallest))[1]
     )
     found = [reference.distance(other, **UNIT) for other in (y, 1 - y)]
     assert seen == [count, count]
