@@ -37,6 +37,12 @@ _TESTS = {
     "ssim": "SSIM against the truth",
     "diversity": "Distance between translations by different codes, L1",
 }
+_TELLING = {
+    "psnr": "PSNR to the truth",
+    "ssim": "SSIM to the truth",
+    "swd": "Sliced Wasserstein",
+    "hallucination": "Invented, of all change",
+}
 _LEAST = 560  # CSS pixels to which small pictures are enlarged between their sliders
 
 
@@ -89,18 +95,15 @@ def _data_words(config: Config) -> str:
 
 
 def _tiles(run: Run) -> Iterator[tuple[str, str]]:
-    """Name and value, as HTML, of the most telling figures."""
-    if run.evaluation is not None:
-        for direction, measures in run.evaluation.measures.items():
-            for name in ("psnr", "ssim", "swd"):
-                found = next((each for each in measures if each.name == name), None)
-                if found is None:
-                    found = next((each for each in measures if name in each.name), None)
-                if found is not None and (found.group != "cycle"):
-                    untouched = f"<small>untouched {_number(found.untouched.value)}</small>" if found.untouched else ""
-                    yield f"{text(found.title)} {arrow(direction)}", f"{_number(found.reading.value)} {untouched}"
-            if len(measures):
-                break  # one direction is enough for the head of the page
+    """Name and value, as HTML, of the most telling figures; of the measures, those of the first direction."""
+    directions = run.evaluation.measures.items() if run.evaluation else ()
+    for direction, measures in list(directions)[:1]:
+        known = {each.name: each for each in measures if each.reading.value is not None}
+        for name in [name for name in _TELLING if name in known][:3]:
+            found = known[name]
+            untouched = f"<small>untouched {_number(found.untouched.value)}</small>" if found.untouched else ""
+            unit = f" {text(found.unit)}" if found.unit else ""
+            yield f"{_TELLING[name]}, {arrow(direction)}", f"{_number(found.reading.value)}{unit}{untouched}"
     yield "Training time", _duration(run.seconds) if run.seconds else ""
     rates = _finite(values_of(run.records, "pairs_per_s"))
     yield "Pairs a second", f"{np.median(rates):.3g}" if rates.size else ""
@@ -281,7 +284,9 @@ def _measure_table(measures: Sequence[Measure]) -> str:
 
 
 def _measure_row(measure: Measure) -> str:
-    better = {1: "higher is better", -1: "lower is better"}.get(measure.better, "")
+    better = {1: "higher is better", -1: "lower is better"}.get(
+        measure.better, "to be as the target" * bool(measure.target)
+    )
     unit = f" {text(measure.unit)}" if measure.unit else ""
     words = ", ".join(part for part in (text(better), text(measure.note)) if part)
     words = f"<small>{words}</small>" if words else ""
