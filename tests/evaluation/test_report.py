@@ -8,20 +8,23 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from report_runs import NAMES, data_set, evaluation, make_run, measure, measured, picture, save, settings
 
 from cyclegan_fast.cli import main
 from cyclegan_fast.errors import InputError
 from cyclegan_fast.evaluation.report import pictures as module
+from cyclegan_fast.evaluation.report import sections
 from cyclegan_fast.evaluation.report.chart import Chart, Line, chart_html, ticks
 from cyclegan_fast.evaluation.report.page import write_report
 from cyclegan_fast.evaluation.report.pictures import Gallery, Shot, fit, ranking
-from cyclegan_fast.evaluation.report.run import Checkpoint, Run, columns, read_evaluation, read_run
+from cyclegan_fast.evaluation.report.run import Checkpoint, Measure, Reading, Run, columns, read_evaluation, read_run
 from cyclegan_fast.inference.translate import load
 from cyclegan_fast.training.checkpoint import CheckpointError, milestone_path, step_path
 
@@ -156,6 +159,39 @@ def test_the_worst_and_the_best(whole: Path) -> None:
     assert "15.00 dB" in best
 
 
+def test_what_was_invented_is_orange(tmp_path: Path) -> None:
+    """A patch that both generators keep; the rest is as it was."""
+    data_set(tmp_path / "data")
+    run = read_run(make_run(tmp_path, milestones=()))
+    image = Image.open(tmp_path / "data" / "testA" / "one.jpg").resize((96, 64), Image.Resampling.BICUBIC)
+
+    def paint(x: torch.Tensor, direction: str) -> torch.Tensor:
+        y = x.clone()
+        if direction == "AtoB":
+            y[:, :, 16:48, 8:40] = torch.tensor([-1.0, 1.0, -1.0])[:, None, None]
+        return y
+
+    work = module._Work(run, SimpleNamespace(translate=paint), None, None, "cpu", "fp32")  # type: ignore[arg-type]
+    shown = np.asarray(module._invented(work, "AtoB", image), dtype=float)
+    orange = shown[:, :, 0] - shown[:, :, 2]
+    assert orange[20:44, 12:36].mean() > 100
+    assert orange[:, 60:].mean() < 5
+
+
+def test_better_and_worse_by_the_difference_picture_by_picture() -> None:
+    def verdict(better: int, *difference: float) -> str:
+        now, was = Reading(20, 18, 22), Reading(19, 17, 21)  # which overlap
+        known = Reading(*difference) if difference else None
+        return sections._verdict(Measure("x", "X", "truth", "", better, now, was, None, known, ""))
+
+    assert "no clear difference" in verdict(1)
+    assert "better than untouched" in verdict(1, 1.0, 0.5, 1.5)
+    assert "worse than untouched" in verdict(-1, 1.0, 0.5, 1.5)
+    assert "better than untouched" in verdict(-1, -1.0, -1.5, -0.5)
+    assert "no clear difference" in verdict(1, 0.1, -0.5, 0.7)
+    assert verdict(0, 1.0, 0.5, 1.5) == ""
+
+
 def test_what_cases_are_ranked_by(tmp_path: Path) -> None:
     def ranked(**metrics: dict[str, Any]) -> str | None:
         pictures = [{"name": "a.jpg", **dict.fromkeys(metrics, 1.0)}]
@@ -244,7 +280,7 @@ def test_measured_pictures_that_are_not_here(tmp_path: Path) -> None:
     directions = {"AtoB": {"metrics": {"psnr": measure(1.0)}, "pictures": pictures}}
     page = report(measured(run, directions=directions), number=1)
     assert "cases" not in page.sections
-    assert "measured pictures are not in this data set" in page.sections[""]
+    assert "measured pictures of A are not in this data set" in page.sections[""]
     assert not [text for text in page.pictures() if "secret" in text]
 
 

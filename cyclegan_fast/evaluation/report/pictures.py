@@ -12,9 +12,11 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from cyclegan_fast.config import Config
@@ -22,6 +24,7 @@ from cyclegan_fast.data.folder import DataError, list_images, stem
 from cyclegan_fast.data.photo import PhotoError, open_photo
 from cyclegan_fast.errors import InputError
 from cyclegan_fast.evaluation.figures import to_rgb
+from cyclegan_fast.evaluation.hallucination import hallucination, through_cycle
 from cyclegan_fast.evaluation.report.run import Checkpoint, Evaluation, Measure, Run, columns
 from cyclegan_fast.inference.translate import DIRECTIONS, TranslationError, Translator, load
 
@@ -35,6 +38,10 @@ _WORKED = (
 )
 _LEAST = 64  # longest side, below which no picture is shrunk to keep the page small
 _CASES = 4  # worst and best
+_LEAST_MAPPED = 32  # shortest side, below which there is no map of what was invented
+_STRONG = 64.0  # levels of it that are drawn in full orange
+_ORANGE = (255, 120, 0)
+_BACK = {"AtoB": "BtoA", "BtoA": "AtoB"}
 _STYLES = 4  # translations of one picture by different codes
 
 
@@ -462,7 +469,7 @@ def _draw_cases(work: _Work, gallery: Gallery, direction: str) -> None:
     ]
     ranked.sort(reverse=measure.better < 0)  # the worst first
     if not ranked:
-        _note(gallery, "The measured pictures are not in this data set, so the worst and best are not shown.")
+        _note(gallery, f"The measured pictures of {direction[0]} are not in this data set: no worst and best of them.")
         return
     count = min(_CASES, len(ranked) // 2) or 1
     gallery.ranked_by[direction] = measure
@@ -479,7 +486,22 @@ def _case(work: _Work, direction: str, what: tuple[Path, str, float], image: Ima
     truth = work.pictures.truth(path, direction[0], work.channels(direction)[1])
     if truth is not None:
         shown.append(("truth", truth))
+    if work.run.config.model.method == "cyclegan" and len(work.directions) == 2 and min(small.size) >= _LEAST_MAPPED:
+        shown.append(("invented", _invented(work, direction, small)))
     return Case(name, value, tuple(work.encode(each, f"{name}, {text}", _CELL) for text, each in shown))
+
+
+def _invented(work: _Work, direction: str, image: Image.Image) -> Image.Image:
+    """Where the translation has put in what the way back keeps, orange on the picture in gray."""
+    there, back = (partial(work.translator.translate, direction=each) for each in (direction, _BACK[direction]))
+    pixels = np.atleast_3d(np.array(image))
+    source = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    made = through_cycle(there, back, source.float() / 127.5 - 1)
+    translated, kept = (((picture.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8) for picture in made)
+    found = hallucination(source, translated, kept).map[0].clamp_max(_STRONG).div(_STRONG).numpy()
+    share = Image.fromarray((255 * found).astype(np.uint8)).resize(image.size, Image.Resampling.BILINEAR)
+    gray = to_rgb(image).convert("L").convert("RGB")
+    return Image.composite(Image.new("RGB", image.size, _ORANGE), gray, share)
 
 
 def _draw_samples(work: _Work, gallery: Gallery) -> None:

@@ -218,7 +218,12 @@ def _cases(gallery: Gallery) -> str:
             found = cases.get(direction, [])
             inner = "".join(_case(case, text(unit)) for case in found)
             parts.append(f'<h4>{word}</h4><div class="cases">{inner}</div>' if found else "")
-    return "".join(parts)
+    mapped = any(shot.text.endswith(", invented") for cases in gallery.worst.values() for shot in cases[0].shots)
+    lead = (
+        "<p><i>Invented</i>, in orange: what the translation has put in and the way back takes for a part of the scene."
+        "</p>"
+    )
+    return (lead if mapped else "") + "".join(parts)
 
 
 def _case(case: Case, unit: str) -> str:
