@@ -158,7 +158,7 @@ def _lost(chart: Chart, end: float) -> str:
     for line in chart.lines:
         known = np.flatnonzero(np.isfinite(line.values))
         lost |= ~np.isfinite(line.values) & (len(known) > 0)
-    places = chart.x[lost][_spread(int(lost.sum()), 40)] if lost.any() else []
+    places: list[float] = chart.x[lost][_spread(int(lost.sum()), 40)].tolist() if lost.any() else []
     crosses = "".join(f'<text class="lost" x="{100 * x / end:.2f}%" y="100%" dy="-.15em">×</text>' for x in places)
     return f"<g><title>not finite</title>{crosses}</g>" if crosses else ""
 
