@@ -420,10 +420,10 @@ def test_the_epochs_of_the_grid(tmp_path: Path) -> None:
 
 
 def test_pictures_of_ones_own(whole: Path, tmp_path: Path) -> None:
-    large = picture(tmp_path / "mine.png", (600, 400))
+    large = picture(tmp_path / "mine.png", (300, 200))
     page = report(whole, pictures=[large], number=1, out=tmp_path / "out.html")
-    assert page.pictures()["mine.png, after"].size == (600, 400)
-    assert "600 × 400 pixels" in page.sections["sliders"]
+    assert page.pictures()["mine.png, after"].size == (300, 200)
+    assert "300 × 200 pixels" in page.sections["sliders"]
     assert "five.jpg, before" not in page.pictures()
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no picture")
@@ -432,17 +432,17 @@ def test_pictures_of_ones_own(whole: Path, tmp_path: Path) -> None:
 
 
 def test_the_page_stays_below_its_limit(whole: Path, tmp_path: Path) -> None:
-    noise = np.random.default_rng(0).integers(0, 256, (400, 600, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "mine.png")
     options: dict[str, Any] = {"pictures": [tmp_path / "mine.png"], "number": 1, "out": tmp_path / "out.html"}
     free = len(report(whole, **options).raw.encode())
-    limit = free - 200_000
+    limit = free - 60_000
     page = report(whole, **options, max_size=limit)
     assert limit * 0.5 < len(page.raw.encode()) <= limit
     before, after = (page.pictures()[f"mine.png, {text}"].size for text in ("before", "after"))
     assert before == after
-    assert before[0] < 600
-    assert f"shown at {before[0]} × {before[1]} of 600 × 400 pixels" in page.sections["sliders"]
+    assert before[0] < 300
+    assert f"shown at {before[0]} × {before[1]} of 300 × 200 pixels" in page.sections["sliders"]
     with pytest.raises(InputError, match="the pictures take"):
         report(whole, **options, max_size=60_000)
     with pytest.raises(InputError, match=r"number = 65 is not allowed: an integer from 0 to 64"):
