@@ -167,8 +167,9 @@ def test_the_rule_would_see_a_wrong_import(tmp_path: Path) -> None:
 
 def test_public_names() -> None:
     assert set(cyclegan_fast.__all__) == {
-        *("Config", "ConfigError", "InputError", "PatchDiscriminator", "PixelDiscriminator", "ResnetGenerator"),
-        *("Translator", "UnetGenerator", "__version__", "load", "load_config", "ops", "train"),
+        *("Config", "ConfigError", "Evaluation", "InputError", "PatchDiscriminator", "PixelDiscriminator"),
+        *("ResnetGenerator", "Translator", "UnetGenerator", "__version__", "evaluate", "load", "load_config", "ops"),
+        "train",
     }
     for name in cyclegan_fast.__all__:
         assert getattr(cyclegan_fast, name) is not None
