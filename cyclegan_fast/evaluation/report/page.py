@@ -104,7 +104,8 @@ def _evaluated(run: Run, root: Path | None, device: str, precision: str, *, insi
             raise
         return replace(run, troubles=[*run.troubles, f"Not measured: {error}"])
     logger.info("measured: %s", out)
-    return replace(run, evaluation=read_evaluation(out))
+    troubles = [trouble for trouble in run.troubles if EVALUATION not in trouble]  # a damaged one, now replaced
+    return replace(run, evaluation=read_evaluation(out), troubles=troubles)
 
 
 def render(run: Run, gallery: Gallery) -> bytes:
