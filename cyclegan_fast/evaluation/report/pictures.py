@@ -92,7 +92,7 @@ class Gallery:
     titles: dict[str, list[str]] = field(default_factory=dict)
     rows: dict[str, list[list[Shot]]] = field(default_factory=dict)
     sliders: list[Slider] = field(default_factory=list)
-    cycles: dict[str, list[tuple[Shot, ...]]] = field(default_factory=dict)
+    cycles: dict[str, list[list[Shot]]] = field(default_factory=dict)
     styles: dict[str, list[list[Shot]]] = field(default_factory=dict)
     worst: dict[str, list[Case]] = field(default_factory=dict)
     best: dict[str, list[Case]] = field(default_factory=dict)
@@ -102,9 +102,10 @@ class Gallery:
 
     def shots(self) -> Iterator[Shot]:
         """All of them, those in grids first."""
-        for grid in (*self.rows.values(), *self.cycles.values(), *self.styles.values()):
-            for row in grid:
-                yield from row
+        for grids in (self.rows, self.cycles, self.styles):
+            for rows in grids.values():
+                for row in rows:
+                    yield from row
         for cases in (*self.worst.values(), *self.best.values()):
             for case in cases:
                 yield from case.shots
@@ -435,7 +436,7 @@ def _draw_cycles(work: _Work, gallery: Gallery, chosen: Mapping[str, Sequence[Pa
             small = _within(image, work.size)
             shots = zip((small, *work.translator.cycle(small, direction)), ("input", "translated", "back"), strict=True)
             gallery.cycles.setdefault(direction, []).append(
-                tuple(work.encode(each, f"{path.name}, {text}", _CELL) for each, text in shots)
+                [work.encode(each, f"{path.name}, {text}", _CELL) for each, text in shots]
             )
 
 
@@ -493,7 +494,11 @@ def _case(work: _Work, direction: str, what: tuple[Path, str, float], image: Ima
 
 def _invented(work: _Work, direction: str, image: Image.Image) -> Image.Image:
     """Where the translation has put in what the way back keeps, orange on the picture in gray."""
-    there, back = (partial(work.translator.translate, direction=each) for each in (direction, _BACK[direction]))
+
+    def translate(x: torch.Tensor, direction: str) -> torch.Tensor:
+        return work.translator.translate(x, direction)
+
+    there, back = (partial(translate, direction=each) for each in (direction, _BACK[direction]))
     pixels = np.atleast_3d(np.array(image))
     source = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     made = through_cycle(there, back, source.float() / 127.5 - 1)

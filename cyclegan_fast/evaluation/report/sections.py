@@ -166,8 +166,8 @@ def _sliders(gallery: Gallery) -> str:
             size = f"shown at {width} × {height} of {size}"
         caption = f"""<h3 class="cf-caption"><span class="name">{text(slider.name)}</span>
 <span class="pale">{arrow(slider.direction)}, {size}, translated in {slider.seconds:.2g} s</span></h3>"""
-        sides = [Side(shot.source, shown(shot.text)) for shot in (slider.before, slider.after)]
-        parts.append(comparison(*sides, slider.before.size, caption=caption, least=_LEAST))
+        before, after = (Side(shot.source, shown(shot.text)) for shot in (slider.before, slider.after))
+        parts.append(comparison(before, after, slider.before.size, caption=caption, least=_LEAST))
     lead = "Drag the line, or use the arrow keys on the slider. <b>100 %</b> shows one picture pixel a screen pixel."
     small = " small" if all(max(slider.before.size) <= _LEAST for slider in gallery.sliders) else ""
     return f'<p class="with-script">{lead}</p><div class="sliders{small}">{"".join(parts)}</div>'
@@ -386,10 +386,10 @@ def _charts(records: Sequence[Record]) -> Iterator[Chart]:
     terms = {"Cycle terms": ("cycle_A", "cycle_B"), "Identity terms": ("idt_A", "idt_B")}
     for title, names in terms.items():
         yield from _chart(records, title, _lines(records, names), note="weighted, as in the generators' losses")
-    for base, names in _test_names(records).items():
+    for base, found in _test_names(records).items():
         lines = [
             Line(arrow(name[-4:]) if name[-4:] in ("AtoB", "BtoA") else "mean", line.values)
-            for name, line in zip(names, _lines(records, names), strict=True)
+            for name, line in zip(found, _lines(records, found), strict=True)
         ]
         yield from _chart(records, _TESTS.get(base, f"test_{base}"), lines, smooth=False, from_zero=False)
     yield from _chart(records, "Learning rate", _lines(records, ("lr",)), smooth=False)
