@@ -178,6 +178,15 @@ def test_what_was_invented_is_orange(tmp_path: Path) -> None:
     assert orange[:, 60:].mean() < 5
 
 
+def test_gray_to_colour_has_no_such_map(tmp_path: Path) -> None:
+    data_set(tmp_path / "data")
+    run = make_run(tmp_path, model={"channels_A": 1}, loss={"identity": 0}, milestones=())
+    page = report(measured(run), number=1)
+    assert "Truth" in page.sections["cases"]
+    assert "Invented" not in page.sections["cases"]
+    assert page.pictures()["one.jpg, input"].size == (40, 30)
+
+
 def test_better_and_worse_by_the_difference_picture_by_picture() -> None:
     def verdict(better: int, *difference: float) -> str:
         now, was = Reading(20, 18, 22), Reading(19, 17, 21)  # which overlap

@@ -48,7 +48,8 @@ def opened(browser: Any, address: str) -> Open:
         """The report; afterwards its console was silent, and nothing was asked for beside the file."""
         troubles: list[str] = []
         asked: list[str] = []
-        with contextlib.closing(browser.new_context(**{"viewport": {"width": 1000, "height": 800}, **context})) as own:
+        still = {"viewport": {"width": 1000, "height": 800}, "reduced_motion": "reduce"}  # places are where they are
+        with contextlib.closing(browser.new_context(**{**still, **context})) as own:
             page = own.new_page()
             page.set_default_timeout(20_000)
             page.on("console", lambda line: troubles.append(line.text))

@@ -487,9 +487,16 @@ def _case(work: _Work, direction: str, what: tuple[Path, str, float], image: Ima
     truth = work.pictures.truth(path, direction[0], work.channels(direction)[1])
     if truth is not None:
         shown.append(("truth", truth))
-    if work.run.config.model.method == "cyclegan" and len(work.directions) == 2 and min(small.size) >= _LEAST_MAPPED:
+    if _can_be_mapped(work, small):
         shown.append(("invented", _invented(work, direction, small)))
     return Case(name, value, tuple(work.encode(each, f"{name}, {text}", _CELL) for text, each in shown))
+
+
+def _can_be_mapped(work: _Work, image: Image.Image) -> bool:
+    """Whether there is a way back, to pictures of the same kind, and the picture is large enough."""
+    model = work.run.config.model
+    alike = model.method == "cyclegan" and model.channels_A == model.channels_B
+    return alike and len(work.directions) == 2 and min(image.size) >= _LEAST_MAPPED
 
 
 def _invented(work: _Work, direction: str, image: Image.Image) -> Image.Image:
