@@ -561,6 +561,7 @@ def _report(arguments: argparse.Namespace) -> int:
         number=arguments.number,
         quality=arguments.quality,
         max_size=parse_size(arguments.max_size),
+        evaluate=arguments.evaluate,
         device=arguments.device,
         precision=arguments.precision,
     )
