@@ -31,7 +31,7 @@ from options import enlarged, finished
 from PIL import Image
 from provenance import as_text, provenance
 from quality import DIRECTIONS, Evaluations
-from same_learning import Arm, Experiment, Pixels, Task, interrupted_at, run_training, table, translated
+from same_learning import Arm, Experiment, Pixels, Task, interrupted_at, named, run_training, table, translated
 from tables import write
 
 import cyclegan_fast
@@ -165,10 +165,7 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     only.add_argument("--train-only", action="store_true")
     only.add_argument("--measure-only", action="store_true", help="measure what is trained, train nothing")
     chosen = parser.parse_args(arguments)
-    names = [name.strip() for name in chosen.arms.split(";") if name.strip()]
-    if unknown := set(names) - {arm.name for arm in ARMS}:
-        parser.error(f"--arms: no such arm: {', '.join(sorted(unknown))}")
-    chosen.arms = [arm for arm in ARMS if not names or arm.name in names]
+    chosen.arms = named(parser, chosen.arms, ARMS)
     return chosen
 
 
