@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from cyclegan_fast import ops
     from cyclegan_fast.config import Config, ConfigError, load_config
     from cyclegan_fast.errors import InputError
+    from cyclegan_fast.evaluation.evaluate import evaluate
+    from cyclegan_fast.evaluation.result import Evaluation
     from cyclegan_fast.inference.translate import Translator, load
     from cyclegan_fast.models.fused import PatchDiscriminator, PixelDiscriminator, ResnetGenerator
     from cyclegan_fast.models.unet import UnetGenerator
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Config",
     "ConfigError",
+    "Evaluation",
     "InputError",
     "PatchDiscriminator",
     "PixelDiscriminator",
@@ -32,6 +35,7 @@ __all__ = [
     "Translator",
     "UnetGenerator",
     "__version__",
+    "evaluate",
     "load",
     "load_config",
     "ops",
@@ -42,12 +46,14 @@ __all__ = [
 _HOMES = {
     "Config": "config",
     "ConfigError": "config",
+    "Evaluation": "evaluation.result",
     "InputError": "errors",
     "PatchDiscriminator": "models.fused",
     "PixelDiscriminator": "models.fused",
     "ResnetGenerator": "models.fused",
     "Translator": "inference.translate",
     "UnetGenerator": "models.unet",
+    "evaluate": "evaluation.evaluate",
     "load": "inference.translate",
     "load_config": "config",
     "train": "training.trainer",

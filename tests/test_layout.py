@@ -24,6 +24,7 @@ ALLOWED = {
     "options_file": {"config", "errors"},
     "version": set(),
     "config": {"errors"},
+    "comparison": set(),
     "machine": set(),
     "progress": set(),
     "device": {"errors", "machine"},
@@ -67,10 +68,25 @@ ALLOWED = {
     "inference.export": {"atomic", "errors", "inference", "models", "version"},
     "inference.tiles": {"device", "errors", "models.reference", "ops", "progress"},
     "inference": {
-        *("atomic", "config", "data", "device", "errors", "inference", "machine", "models", "tensor_file"),
+        *(
+            "atomic",
+            "comparison",
+            "config",
+            "data",
+            "device",
+            "errors",
+            "inference",
+            "machine",
+            "models",
+            "tensor_file",
+        ),
         *("training.checkpoint", "training.ema", "training.latents"),
     },
     "evaluation": {"atomic", "data.photo", "errors", "evaluation", "inference.translate", "training.checkpoint"},
+    "evaluation.report": {
+        *("atomic", "comparison", "config", "data.folder", "data.photo", "errors", "evaluation", "version"),
+        *("inference.translate", "training.checkpoint"),
+    },
     "evaluation.sets": {"config", "data"},
     "evaluation.embedding": {"errors", "evaluation.metrics", "tensor_file"},
     "evaluation.evaluate": {
@@ -151,8 +167,9 @@ def test_the_rule_would_see_a_wrong_import(tmp_path: Path) -> None:
 
 def test_public_names() -> None:
     assert set(cyclegan_fast.__all__) == {
-        *("Config", "ConfigError", "InputError", "PatchDiscriminator", "PixelDiscriminator", "ResnetGenerator"),
-        *("Translator", "UnetGenerator", "__version__", "load", "load_config", "ops", "train"),
+        *("Config", "ConfigError", "Evaluation", "InputError", "PatchDiscriminator", "PixelDiscriminator"),
+        *("ResnetGenerator", "Translator", "UnetGenerator", "__version__", "evaluate", "load", "load_config", "ops"),
+        "train",
     }
     for name in cyclegan_fast.__all__:
         assert getattr(cyclegan_fast, name) is not None

@@ -27,6 +27,11 @@ def translations(model: cf.Translator, pixels: npt.NDArray[np.uint8], batch: tor
     assert_type(model.cycle(batch), tuple[torch.Tensor, torch.Tensor])
 
 
+def measures() -> None:
+    assert_type(cf.evaluate("runs/flowers", Path("datasets/flowers"), limit=50), cf.Evaluation)
+    assert_type(cf.evaluate("runs/flowers").table(), str)
+
+
 def wrong_uses(model: cf.Translator) -> None:
     assert_type(model.translate("IMG_1.HEIC"), torch.Tensor)  # type: ignore[assert-type]
     model.translate(3)  # type: ignore[call-overload]

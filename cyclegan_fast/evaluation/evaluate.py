@@ -55,6 +55,7 @@ Values = dict[str, Floats]
 _PIXELS_AT_ONCE = 1 << 19
 _PATCHES = 128  # of a picture, for the sliced Wasserstein distance
 _PATCHED_PICTURES = 500  # of a set, at most: patches of more would fill the memory
+_DEFACTO_SIZE = DataConfig.crop_size  # its test resizes to the training's crop, and cuts nothing off
 _ROUND_TRIP = ("cycle_l1", "cycle_psnr", "cycle_ssim", "hallucination", "hallucination_area")
 _FID = ("fid", "kid")
 
@@ -121,8 +122,7 @@ def _origin(checkpoint: str | Path, which: str) -> tuple[Config, dict[str, Any]]
     """The configuration of a model that has been loaded, and where its weights are from."""
     if is_weights(checkpoint):
         model = read_weights(checkpoint, which, networks=("G_A", "G_B")).model
-        # As the de-facto test does: resized, nothing cut off.
-        data = DataConfig(load_size=DataConfig.crop_size)
+        data = DataConfig(load_size=_DEFACTO_SIZE, crop_size=_DEFACTO_SIZE)
         identity = LossConfig.identity if model.channels_A == model.channels_B else 0.0
         config = Config(data=data, model=model, loss=LossConfig(identity=identity))
         return config, {"checkpoint": Path(checkpoint).name, "step": None, "epoch": None}

@@ -19,6 +19,8 @@ __all__ += ["values_of"]
 Floats = npt.NDArray[np.float64]
 Record = dict[str, Any]
 
+_MOST = 1e30  # beyond which a number is none: no loss, no step
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -79,16 +81,17 @@ def _parse(line: str) -> Record | None:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int) or not 0 <= record["step"] < _MOST:
         return None
     epoch = record.get("epoch")
-    return record if isinstance(epoch, (int, float)) and np.isfinite(epoch) else None
+    return record if isinstance(epoch, (int, float)) and 0 <= epoch < _MOST else None
 
 
 def values_of(records: Sequence[Record], name: str) -> Floats:
-    """One scalar [records]; NaN where it is missing, null or no number."""
+    """One scalar [records]; NaN where it is missing, null, infinite or no number."""
     found = [record.get(name) for record in records]
-    return np.array([value if isinstance(value, (int, float)) else np.nan for value in found], dtype=np.float64)
+    known = [isinstance(value, (int, float)) and abs(value) < _MOST for value in found]
+    return np.array([value if is_known else np.nan for value, is_known in zip(found, known, strict=True)], np.float64)
 
 
 def curve_values(records: Sequence[Record], curve: Curve) -> Floats:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cyclegan_fast.evaluation.metrics import Interval, as_batch, channel_mean_std, cut_patches, laplacian_pyramid
 
-__all__ = ["PatchSet", "linear_bootstrap", "set_distance"]
+__all__ = ["PatchSet", "influences", "linear_bootstrap", "set_distance"]
 
 Floats = npt.NDArray[np.float64]
 Float32s = npt.NDArray[np.float32]
@@ -66,7 +66,7 @@ def set_distance(reference: PatchSet, other: PatchSet, *, statistics: str = "own
 
     ``statistics`` as in `metrics.sliced_wasserstein`.
     """
-    values, influences = [], []
+    values, found = [], []
     for number, (first, second) in enumerate(zip(reference.levels, other.levels, strict=True)):
         known = channel_mean_std(first)
         rows = [
@@ -77,13 +77,13 @@ def set_distance(reference: PatchSet, other: PatchSet, *, statistics: str = "own
         projections = [vectors @ row for row in rows]
         values.append(_mean_difference(*(np.sort(p, axis=1) for p in projections)))
         few = [p[:_DIRECTIONS_OF_INFLUENCE] for p in projections]
-        influences.append(_influences(few[0], few[1], reference.picture.numpy(), other.picture.numpy()))
-    first_influence, second_influence = (np.mean(each, axis=0) for each in zip(*influences, strict=True))
+        found.append(influences(few[0], few[1], reference.picture.numpy(), other.picture.numpy()))
+    first_influence, second_influence = (np.mean(each, axis=0) for each in zip(*found, strict=True))
     return float(np.mean(values)), first_influence, second_influence
 
 
 def linear_bootstrap(
-    value: float, influences: Iterable[Floats], *, level: float = 0.95, resamples: int = 2000, seed: int = 0
+    value: float, parts: Iterable[Floats], *, level: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> Interval:
     """Bootstrap interval of an estimate from the influence of each picture of each independent set on it.
 
@@ -92,7 +92,7 @@ def linear_bootstrap(
     """
     random = np.random.default_rng(seed)
     shift = np.zeros(resamples)
-    for influence in influences:
+    for influence in parts:
         n = len(influence)
         drawn = influence[random.integers(0, n, (resamples, n))].mean(axis=1)
         shift += (drawn - influence.mean()) * np.sqrt(n / (n - 1))
@@ -118,7 +118,7 @@ def _mean_difference(first: Float32s, second: Float32s) -> float:
     return float(np.abs(first - second).mean(dtype=np.float64))
 
 
-def _influences(
+def influences(
     first: Float32s, second: Float32s, of_first: npt.NDArray[np.int64], of_second: npt.NDArray[np.int64]
 ) -> tuple[Floats, Floats]:
     """Influence of each picture of both sets on the distance of projections [D, P], of mean 0."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from cyclegan_fast.errors import shown
 from cyclegan_fast.evaluation.records import running_mean
 
 __all__ = ["Chart", "Line", "chart_html", "ticks"]
@@ -66,7 +67,7 @@ def chart_html(chart: Chart) -> str:
         for index, (line, mean) in enumerate(zip(chart.lines, means, strict=True))
     )
     note = f'<p class="note">{_text(chart.note)}</p>' if chart.note else ""
-    label = html.escape(f"{chart.title}: {', '.join(line.label for line in chart.lines)}, over the epochs")
+    label = _text(f"{chart.title}: {', '.join(line.label for line in chart.lines)}, over the epochs")
     return f"""
 <figure class="chart">
 <figcaption><h3>{_text(chart.title)}</h3>{note}<p class="keys"><span class="at"></span>{keys}</p></figcaption>
@@ -94,8 +95,9 @@ def _range(chart: Chart) -> tuple[float, float]:
     low, high = (float(limit) for limit in np.quantile(values, (0.005, 0.995)))
     if chart.from_zero:
         low, high = min(0.0, low), max(0.0, high)
-    room = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
-    return low - room * (low != 0.0 or not chart.from_zero), high + room * (high != 0.0)
+    flat = high - low <= 1e-9 * max(abs(low), abs(high))
+    room = (0.1 * abs(high) if flat else 0.06 * (high - low)) or 1.0
+    return low - room * (low != 0.0 or not chart.from_zero), high + room * (high != 0.0 or flat)
 
 
 def _spread(count: int, most: int) -> npt.NDArray[np.int64]:
@@ -103,9 +105,7 @@ def _spread(count: int, most: int) -> npt.NDArray[np.int64]:
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
 
 
-def _curve(
-    index: int, share: Floats, values: tuple[Floats, Floats], span: tuple[float, float], smoothed: bool
-) -> str:
+def _curve(index: int, share: Floats, values: tuple[Floats, Floats], span: tuple[float, float], smoothed: bool) -> str:
     """The raw values, faint, and their mean, bold."""
     raw, mean = values
     bold = _path(share, mean, span, _READ)
@@ -158,19 +158,21 @@ def _lost(chart: Chart, end: float) -> str:
     for line in chart.lines:
         known = np.flatnonzero(np.isfinite(line.values))
         lost |= ~np.isfinite(line.values) & (len(known) > 0)
-    places = chart.x[lost][_spread(int(lost.sum()), 40)] if lost.any() else []
+    places: list[float] = chart.x[lost][_spread(int(lost.sum()), 40)].tolist() if lost.any() else []
     crosses = "".join(f'<text class="lost" x="{100 * x / end:.2f}%" y="100%" dy="-.15em">×</text>' for x in places)
     return f"<g><title>not finite</title>{crosses}</g>" if crosses else ""
 
 
 def _dots(chart: Chart, end: float, span: tuple[float, float]) -> str:
     """A dot a value where there are few."""
+    if len(chart.x) > _FEW:
+        return ""
+    low, high = span
     return "".join(
-        f'<circle class="c{index}" cx="{100 * x / end:.2f}%" cy="{100 * (1 - (y - span[0]) / (span[1] - span[0])):.2f}%"'
-        ' r="3"/>'
+        f'<circle class="c{index}" cx="{100 * x / end:.2f}%" cy="{100 * (high - y) / (high - low):.2f}%" r="3"/>'
         for index, line in enumerate(chart.lines)
         for x, y in zip(chart.x.tolist(), line.values.tolist(), strict=True)
-        if len(chart.x) <= _FEW and math.isfinite(y)
+        if math.isfinite(y)
     )
 
 
@@ -201,4 +203,4 @@ def _words(values: Floats, digits: int) -> list[float | None]:
 
 
 def _text(text: str) -> str:
-    return html.escape(text)
+    return html.escape(shown(text))

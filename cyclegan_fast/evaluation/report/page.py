@@ -12,13 +12,15 @@ import html
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from cyclegan_fast import comparison
 from cyclegan_fast.atomic import replacing
 from cyclegan_fast.errors import InputError
+from cyclegan_fast.evaluation.evaluate import evaluate as measure
 from cyclegan_fast.evaluation.report.pictures import Gallery, draw, fit
-from cyclegan_fast.evaluation.report.run import Run, read_run
+from cyclegan_fast.evaluation.report.run import EVALUATION, Run, read_evaluation, read_run
 from cyclegan_fast.evaluation.report.sections import sections, summary, text
 from cyclegan_fast.version import __version__
 
@@ -45,6 +47,7 @@ def write_report(
     number: int = 3,
     quality: int = 88,
     max_size: int = 15_000_000,
+    evaluate: bool | None = None,
     device: str = "auto",
     precision: str = "auto",
 ) -> Path:
@@ -52,7 +55,9 @@ def write_report(
 
     which: the checkpoint to report on, as in ``find_checkpoint``. data: the data set, by default that of the run's
     settings. pictures: files for the sliders, in place of test pictures. number: pictures a direction. quality: of
-    JPEG. max_size: bytes that the page takes at most; pictures are shrunk until it does.
+    JPEG. max_size: bytes that the page takes at most; pictures are shrunk until it does. evaluate: measure the
+    checkpoint first, and keep that in the run folder as `cyclegan-fast evaluate` does; by default if nothing has been
+    measured yet and there are test pictures, with True also if what was measured is another checkpoint.
 
     Raises InputError (CheckpointError, PhotoError) for a run, a checkpoint or a picture that cannot be used, for
     options that are not allowed, and where the page cannot be written or cannot be as small as wanted.
@@ -63,6 +68,8 @@ def write_report(
     content = read_run(run, which)
     out = content.folder / "report.html" if out is None else Path(out)
     root = None if data is None else Path(data)
+    if evaluate is not False:
+        content = _evaluated(content, root, device, precision, insist=evaluate is True)
     gallery = draw(
         content, root=root, pictures=pictures, number=number, quality=quality, device=device, precision=precision
     )
@@ -78,6 +85,27 @@ def write_report(
     except OSError as error:
         raise InputError(f"cannot write the report {out}: {error.strerror or error}") from error
     return out
+
+
+def _evaluated(run: Run, root: Path | None, device: str, precision: str, *, insist: bool) -> Run:
+    """The run with measures of its chosen checkpoint; unless it has some already and nobody insists on these.
+
+    With ``insist``, raises InputError where it cannot be measured; else the page says why.
+    """
+    out = run.folder / EVALUATION
+    known = run.evaluation is not None and run.chosen is not None and run.evaluation.step == run.chosen.step
+    here = (Path(run.config.data.root) if root is None else root).is_dir()
+    if run.chosen is None or known or (not insist and (out.exists() or not here)):
+        return run
+    try:
+        measure(run.chosen.path, root, device=device, precision=precision, progress=True).save(out)
+    except InputError as error:
+        if insist:
+            raise
+        return replace(run, troubles=[*run.troubles, f"Not measured: {error}"])
+    logger.info("measured: %s", out)
+    troubles = [trouble for trouble in run.troubles if EVALUATION not in trouble]  # a damaged one, now replaced
+    return replace(run, evaluation=read_evaluation(out), troubles=troubles)
 
 
 def render(run: Run, gallery: Gallery) -> bytes:

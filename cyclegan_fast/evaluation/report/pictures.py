@@ -12,9 +12,11 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from cyclegan_fast.config import Config
@@ -22,6 +24,7 @@ from cyclegan_fast.data.folder import DataError, list_images, stem
 from cyclegan_fast.data.photo import PhotoError, open_photo
 from cyclegan_fast.errors import InputError
 from cyclegan_fast.evaluation.figures import to_rgb
+from cyclegan_fast.evaluation.hallucination import hallucination, through_cycle
 from cyclegan_fast.evaluation.report.run import Checkpoint, Evaluation, Measure, Run, columns
 from cyclegan_fast.inference.translate import DIRECTIONS, TranslationError, Translator, load
 
@@ -30,9 +33,15 @@ __all__ = ["Case", "Gallery", "Shot", "Slider", "draw", "fit", "ranking"]
 logger = logging.getLogger("cyclegan_fast.report")
 
 _CELL = 320  # longest side of a picture in a grid, pixels
-_WORKED = 256  # longest side at which pictures for grids are translated, unless the networks were trained on larger ones
+_WORKED = (
+    256  # longest side at which pictures for grids are translated, unless the networks were trained on larger ones
+)
 _LEAST = 64  # longest side, below which no picture is shrunk to keep the page small
-_CASES = 3  # worst and best
+_CASES = 4  # worst and best
+_LEAST_MAPPED = 32  # shortest side, below which there is no map of what was invented
+_STRONG = 64.0  # levels of it that are drawn in full orange
+_ORANGE = (255, 120, 0)
+_BACK = {"AtoB": "BtoA", "BtoA": "AtoB"}
 _STYLES = 4  # translations of one picture by different codes
 
 
@@ -80,11 +89,10 @@ class Case:
 class Gallery:
     """All pictures of a report, by direction where there are two. ``notes``: what is not as one would expect."""
 
-    kind: str = ""
     titles: dict[str, list[str]] = field(default_factory=dict)
     rows: dict[str, list[list[Shot]]] = field(default_factory=dict)
     sliders: list[Slider] = field(default_factory=list)
-    cycles: dict[str, list[tuple[Shot, ...]]] = field(default_factory=dict)
+    cycles: dict[str, list[list[Shot]]] = field(default_factory=dict)
     styles: dict[str, list[list[Shot]]] = field(default_factory=dict)
     worst: dict[str, list[Case]] = field(default_factory=dict)
     best: dict[str, list[Case]] = field(default_factory=dict)
@@ -94,9 +102,10 @@ class Gallery:
 
     def shots(self) -> Iterator[Shot]:
         """All of them, those in grids first."""
-        for grid in (*self.rows.values(), *self.cycles.values(), *self.styles.values()):
-            for row in grid:
-                yield from row
+        for grids in (self.rows, self.cycles, self.styles):
+            for rows in grids.values():
+                for row in rows:
+                    yield from row
         for cases in (*self.worst.values(), *self.best.values()):
             for case in cases:
                 yield from case.shots
@@ -220,13 +229,14 @@ def draw(
     if run.chosen is None:
         return gallery
     data = _Pictures(run.config, Path(run.config.data.root) if root is None else root)
-    gallery.kind = data.kind
     translator = load(run.chosen.path, device=device, precision=precision)
     work = _Work(run, translator, data, _encoder(quality), device, precision)
     if root is not None and not data.kind:
         raise InputError(f"{root} has no pictures of a data set: it needs folders such as testA and testB")
     if not data.kind:
         gallery.notes.append("The data set of the run's settings is not here, so no pictures of it can be shown.")
+    if data.kind == "train":
+        gallery.notes.append("The data set has no test pictures: these are pictures that the networks were trained on.")
     chosen = {direction: _chosen(data.paths.get(direction[0], []), number) for direction in work.directions}
     _draw_grids(work, gallery, chosen)
     _draw_sliders(work, gallery, chosen, pictures)
@@ -257,16 +267,25 @@ def ranking(evaluation: Evaluation, direction: str) -> Measure | None:
 def fit(gallery: Gallery, most: int) -> None:
     """Shrink pictures, the largest first, until all together take at most ``most`` bytes of the page.
 
-    Raises InputError where even small pictures do not fit.
+    The two of a slider are shrunk alike. Raises InputError where even small pictures do not fit.
     """
-    shots = list(gallery.shots())
-    while (total := sum(shot.weight for shot in shots)) > most:
-        limit = _limit([shot.weight for shot in shots], most)
-        large = [shot for shot in shots if shot.weight > limit and max(shot.size) > _LEAST]
+    pairs = [(slider.before, slider.after) for slider in gallery.sliders]
+    paired = {id(shot) for pair in pairs for shot in pair}
+    groups = [*pairs, *((shot,) for shot in gallery.shots() if id(shot) not in paired)]
+    while (total := sum(map(_weight, groups))) > most:
+        limit = _limit([_weight(group) for group in groups], most)
+        large = [group for group in groups if _weight(group) > limit and max(group[0].size) > _LEAST]
         if not large:
-            raise InputError(f"the pictures take {total / 1e6:.1f} MB, and {most / 1e6:.1f} MB are left: allow more")
-        for shot in large:
-            _shrink(shot, limit)
+            raise InputError(
+                f"the pictures take {total / 1e6:.2f} MB, and {max(0, most) / 1e6:.2f} MB are left for them: allow a "
+                "larger page, or fewer pictures"
+            )
+        for group in large:
+            _shrink(group, limit)
+
+
+def _weight(group: Sequence[Shot]) -> int:
+    return sum(shot.weight for shot in group)
 
 
 def _limit(weights: Sequence[int], most: int) -> float:
@@ -280,14 +299,14 @@ def _limit(weights: Sequence[int], most: int) -> float:
     return math.inf
 
 
-def _shrink(shot: Shot, limit: float) -> None:
+def _shrink(group: Sequence[Shot], limit: float) -> None:
     """Fewer pixels; what encoding at one quality takes is about in proportion to them."""
-    scale = min(0.95, 0.95 * math.sqrt(limit / shot.weight))
-    longest = max(_LEAST, round(scale * max(shot.size)))
-    with Image.open(io.BytesIO(shot.content)) as image:
-        image.load()
-    small = _within(image, longest)
-    shot.content, shot.size = _jpeg(small, 85), small.size
+    scale = min(0.95, 0.95 * math.sqrt(max(0.0, limit) / _weight(group)))
+    for shot in group:
+        with Image.open(io.BytesIO(shot.content)) as image:
+            image.load()
+        small = _within(image, max(_LEAST, round(scale * max(shot.size))))
+        shot.content, shot.size = _jpeg(small, 85), small.size
 
 
 def _encoder(quality: int) -> Callable[[Image.Image, str, int | None], Shot]:
@@ -302,7 +321,7 @@ def _encoder(quality: int) -> Callable[[Image.Image, str, int | None], Shot]:
 def _jpeg(image: Image.Image, quality: int) -> bytes:
     """Full resolution of colour: small pictures are looked at enlarged."""
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality, subsampling=0, optimize=True)
+    image.save(buffer, "JPEG", quality=quality, subsampling=0)  # `optimize` fails where the file outgrows a guess
     return buffer.getvalue()
 
 
@@ -367,9 +386,7 @@ def _draw_grids(work: _Work, gallery: Gallery, chosen: Mapping[str, Sequence[Pat
             for row, (path, image) in zip(rows, inputs[direction], strict=True):
                 row.append(work.encode(translator.translate(image, direction), f"{path.name}, {label}", _CELL))
     for direction, rows in gallery.rows.items():
-        truths = [
-            work.pictures.truth(path, direction[0], work.channels(direction)[1]) for path, _ in inputs[direction]
-        ]
+        truths = [work.pictures.truth(path, direction[0], work.channels(direction)[1]) for path, _ in inputs[direction]]
         if truths and all(truth is not None for truth in truths):
             gallery.titles[direction].append("Truth")
             for row, (path, _), truth in zip(rows, inputs[direction], truths, strict=True):
@@ -419,7 +436,7 @@ def _draw_cycles(work: _Work, gallery: Gallery, chosen: Mapping[str, Sequence[Pa
             small = _within(image, work.size)
             shots = zip((small, *work.translator.cycle(small, direction)), ("input", "translated", "back"), strict=True)
             gallery.cycles.setdefault(direction, []).append(
-                tuple(work.encode(each, f"{path.name}, {text}", _CELL) for each, text in shots)
+                [work.encode(each, f"{path.name}, {text}", _CELL) for each, text in shots]
             )
 
 
@@ -432,7 +449,10 @@ def _draw_styles(work: _Work, gallery: Gallery, chosen: Mapping[str, Sequence[Pa
             made = [translator.translate(small, direction) for translator in translators]
             texts = ["input", *(f"code {seed}" for seed in range(_STYLES))]
             gallery.styles.setdefault(direction, []).append(
-                [work.encode(each, f"{path.name}, {text}", _CELL) for each, text in zip((small, *made), texts, strict=True)]
+                [
+                    work.encode(each, f"{path.name}, {text}", _CELL)
+                    for each, text in zip((small, *made), texts, strict=True)
+                ]
             )
 
 
@@ -450,7 +470,7 @@ def _draw_cases(work: _Work, gallery: Gallery, direction: str) -> None:
     ]
     ranked.sort(reverse=measure.better < 0)  # the worst first
     if not ranked:
-        _note(gallery, "The measured pictures are not in this data set, so the worst and best are not shown.")
+        _note(gallery, f"The measured pictures of {direction[0]} are not in this data set: no worst and best of them.")
         return
     count = min(_CASES, len(ranked) // 2) or 1
     gallery.ranked_by[direction] = measure
@@ -467,7 +487,33 @@ def _case(work: _Work, direction: str, what: tuple[Path, str, float], image: Ima
     truth = work.pictures.truth(path, direction[0], work.channels(direction)[1])
     if truth is not None:
         shown.append(("truth", truth))
+    if _can_be_mapped(work, small):
+        shown.append(("invented", _invented(work, direction, small)))
     return Case(name, value, tuple(work.encode(each, f"{name}, {text}", _CELL) for text, each in shown))
+
+
+def _can_be_mapped(work: _Work, image: Image.Image) -> bool:
+    """Whether there is a way back, to pictures of the same kind, and the picture is large enough."""
+    model = work.run.config.model
+    alike = model.method == "cyclegan" and model.channels_A == model.channels_B
+    return alike and len(work.directions) == 2 and min(image.size) >= _LEAST_MAPPED
+
+
+def _invented(work: _Work, direction: str, image: Image.Image) -> Image.Image:
+    """Where the translation has put in what the way back keeps, orange on the picture in gray."""
+
+    def translate(x: torch.Tensor, direction: str) -> torch.Tensor:
+        return work.translator.translate(x, direction)
+
+    there, back = (partial(translate, direction=each) for each in (direction, _BACK[direction]))
+    pixels = np.atleast_3d(np.array(image))
+    source = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    made = through_cycle(there, back, source.float() / 127.5 - 1)
+    translated, kept = (((picture.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8) for picture in made)
+    found = hallucination(source, translated, kept).map[0].clamp_max(_STRONG).div(_STRONG).numpy()
+    share = Image.fromarray((255 * found).astype(np.uint8)).resize(image.size, Image.Resampling.BILINEAR)
+    gray = to_rgb(image).convert("L").convert("RGB")
+    return Image.composite(Image.new("RGB", image.size, _ORANGE), gray, share)
 
 
 def _draw_samples(work: _Work, gallery: Gallery) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,13 +12,19 @@ from typing import Any
 
 import numpy as np
 
-from cyclegan_fast.config import Config, ConfigError, load_config
+from cyclegan_fast.config import Config, load_config
 from cyclegan_fast.errors import InputError
 from cyclegan_fast.evaluation.records import Record, read_records, values_of
-from cyclegan_fast.training.checkpoint import CheckpointError, checkpoint_dir, find_checkpoint, read_checkpoint
-from cyclegan_fast.training.checkpoint import step_checkpoints
+from cyclegan_fast.training.checkpoint import (
+    CheckpointError,
+    checkpoint_dir,
+    find_checkpoint,
+    read_checkpoint,
+    step_checkpoints,
+)
 
-__all__ = ["Checkpoint", "Chosen", "Evaluation", "Measure", "Reading", "Run", "columns", "read_evaluation", "read_run"]
+__all__ = ["Checkpoint", "Chosen", "Evaluation", "Measure", "Reading", "Run", "columns", "number", "read_evaluation"]
+__all__ += ["read_run"]
 
 EVALUATION = "evaluation.json"
 _EVALUATION_BYTES = 64 << 20
@@ -39,7 +44,7 @@ class Checkpoint:
     @property
     def label(self) -> str:
         """The epoch if it is known, else the step."""
-        return f"epoch {self.epoch:.4g}" if self.epoch is not None else f"step {self.step:,}"
+        return f"epoch {round(self.epoch, 2):g}" if self.epoch is not None else f"step {self.step:,}"
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ class Chosen(Checkpoint):
     step: int
     provenance: Mapping[str, Any]
     pairs_per_step: int
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,11 @@ class Reading:
 
 @dataclass(frozen=True)
 class Measure:
-    """A measure of one direction; ``better``: 1 when more is better, -1 when less is, 0 when neither."""
+    """A measure of one direction; ``better``: 1 when more is better, -1 when less is, 0 when neither.
+
+    ``untouched``: the same of the inputs, ``target``: of real pictures of the target, ``difference``: from untouched,
+    picture by picture.
+    """
 
     name: str
     title: str
@@ -72,6 +82,7 @@ class Measure:
     reading: Reading
     untouched: Reading | None
     target: Reading | None
+    difference: Reading | None
     note: str
 
 
@@ -189,7 +200,7 @@ def _chosen(folder: Path, which: str, troubles: list[str]) -> Chosen | None:
     candidates = step_checkpoints(folder)[::-1] if which == "latest" else [find_checkpoint(folder, which)]
     for path in candidates:
         try:
-            content = read_checkpoint(path)
+            content, size = read_checkpoint(path), path.stat().st_size
         except CheckpointError as error:
             if which != "latest":
                 raise
@@ -198,7 +209,7 @@ def _chosen(folder: Path, which: str, troubles: list[str]) -> Chosen | None:
         position = content["position"]
         step, per_epoch = position["step"], position.get("steps_per_epoch")
         epoch = step / per_epoch if per_epoch else None
-        return Chosen(path, step, epoch, content.get("provenance", {}), position.get("pairs_per_step", 1))
+        return Chosen(path, step, epoch, content.get("provenance", {}), position.get("pairs_per_step", 1), size)
     return None
 
 
@@ -251,17 +262,18 @@ def _measures(tree: Mapping[str, Any]) -> tuple[Measure, ...]:
             group=str(item["group"]),
             unit=str(item.get("unit") or ""),
             better=int(item["better"]),
-            reading=_reading(item),
-            untouched=_reading(item["untouched"]) if item.get("untouched") else None,
-            target=_reading(item["target"]) if item.get("target") else None,
+            reading=_reading(item) or Reading(None, None, None),
+            untouched=_reading(item.get("untouched")),
+            target=_reading(item.get("target")),
+            difference=_reading(item.get("difference")),
             note=str(item.get("note") or ""),
         )
         for name, item in tree.items()
     )
 
 
-def _reading(tree: Mapping[str, Any]) -> Reading:
-    return Reading(*(_number(tree.get(key)) for key in ("value", "low", "high")))
+def _reading(tree: Mapping[str, Any] | None) -> Reading | None:
+    return None if tree is None else Reading(*(number(tree.get(key)) for key in ("value", "low", "high")))
 
 
 def _pictures(items: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, Mapping[str, float]], ...]:
@@ -269,12 +281,13 @@ def _pictures(items: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, Mapping[st
     return tuple(
         (
             str(item["name"]),
-            {str(key): number for key, value in item.items() if (number := _number(value)) is not None},
+            {str(key): known for key, value in item.items() if (known := number(value)) is not None},
         )
         for item in items
     )
 
 
-def _number(value: Any) -> float | None:
-    known = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def number(value: Any) -> float | None:
+    """A value as a finite number, or None if it is none."""
+    known = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
     return float(value) if known else None

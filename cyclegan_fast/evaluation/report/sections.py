@@ -16,7 +16,7 @@ from cyclegan_fast.errors import shown
 from cyclegan_fast.evaluation.records import CURVES, Record, curve_values, generator_terms, values_of
 from cyclegan_fast.evaluation.report.chart import Chart, Line, chart_html
 from cyclegan_fast.evaluation.report.pictures import Case, Gallery, Shot
-from cyclegan_fast.evaluation.report.run import Evaluation, Measure, Reading, Run
+from cyclegan_fast.evaluation.report.run import Evaluation, Measure, Reading, Run, number
 
 __all__ = ["arrow", "sections", "summary", "text"]
 
@@ -37,6 +37,12 @@ _TESTS = {
     "ssim": "SSIM against the truth",
     "diversity": "Distance between translations by different codes, L1",
 }
+_TELLING = {
+    "psnr": "PSNR to the truth",
+    "ssim": "SSIM to the truth",
+    "swd": "Sliced Wasserstein",
+    "hallucination": "Invented, of all change",
+}
 _LEAST = 560  # CSS pixels to which small pictures are enlarged between their sliders
 
 
@@ -56,13 +62,12 @@ def summary(run: Run, gallery: Gallery) -> str:
     done = planned is not None and run.step >= planned
     state = f"{run.step:,} steps" if done or planned is None else f"{run.step:,} of {planned:,} steps"
     tag = '<span class="tag">finished</span>' if done else '<span class="tag warn">not finished</span>'
-    tiles = "".join(
-        f'<div class="tile"><dt>{name}</dt><dd>{value}</dd></div>' for name, value in _tiles(run) if value
-    )
+    tiles = "".join(f'<div class="tile"><dt>{name}</dt><dd>{value}</dd></div>' for name, value in _tiles(run) if value)
+    tiles = f'<dl class="tiles">{tiles}</dl>' if tiles else ""
     notes = "".join(f"<li>{text(note)}</li>" for note in (*run.troubles, *gallery.notes))
     notes = f'<ul class="notes" aria-label="What is missing">{notes}</ul>' if notes else ""
     what = f"{_METHODS.get(config.model.method, config.model.method)}, {_data_words(config)}, {state}"
-    return f'<h1>{text(config.name)}</h1><p class="what">{text(what)} {tag}</p><dl class="tiles">{tiles}</dl>{notes}'
+    return f'<h1>{text(config.name)}</h1><p class="what">{text(what)} {tag}</p>{tiles}{notes}'
 
 
 _METHODS = {"cyclegan": "CycleGAN", "pix2pix": "pix2pix", "augmented": "Augmented CycleGAN"}
@@ -80,7 +85,7 @@ def sections(run: Run, gallery: Gallery, command: str) -> Iterator[tuple[str, st
         ("curves", "Training", _curves(run.records)),
         ("timing", "Time and memory", _timing(run)),
         ("settings", "Settings", _settings(run.config)),
-        ("provenance", "Provenance", _provenance(run, gallery, command)),
+        ("provenance", "Provenance", _provenance(run, command)),
     )
     return ((name, title, content) for name, title, content in parts if content)
 
@@ -90,18 +95,15 @@ def _data_words(config: Config) -> str:
 
 
 def _tiles(run: Run) -> Iterator[tuple[str, str]]:
-    """Name and value, as HTML, of the most telling figures."""
-    if run.evaluation is not None:
-        for direction, measures in run.evaluation.measures.items():
-            for name in ("psnr", "ssim", "swd"):
-                found = next((each for each in measures if each.name == name), None)
-                if found is None:
-                    found = next((each for each in measures if name in each.name), None)
-                if found is not None and (found.group != "cycle"):
-                    untouched = f"<small>untouched {_number(found.untouched.value)}</small>" if found.untouched else ""
-                    yield f"{text(found.title)} {arrow(direction)}", f"{_number(found.reading.value)} {untouched}"
-            if len(measures):
-                break  # one direction is enough for the head of the page
+    """Name and value, as HTML, of the most telling figures; of the measures, those of the first direction."""
+    directions = run.evaluation.measures.items() if run.evaluation else ()
+    for direction, measures in list(directions)[:1]:
+        known = {each.name: each for each in measures if each.reading.value is not None}
+        for name in [name for name in _TELLING if name in known][:3]:
+            found = known[name]
+            untouched = f"<small>untouched {_number(found.untouched.value)}</small>" if found.untouched else ""
+            unit = f" {text(found.unit)}" if found.unit else ""
+            yield f"{_TELLING[name]}, {arrow(direction)}", f"{_number(found.reading.value)}{unit}{untouched}"
     yield "Training time", _duration(run.seconds) if run.seconds else ""
     rates = _finite(values_of(run.records, "pairs_per_s"))
     yield "Pairs a second", f"{np.median(rates):.3g}" if rates.size else ""
@@ -138,7 +140,7 @@ def _image(shot: Shot) -> str:
 def _row(shots: Sequence[Shot], titles: Sequence[str], name: str) -> str:
     """Pictures side by side, each under its title: on a narrow screen they wrap."""
     cells = "".join(
-        f'<figure><figcaption>{text(title)}</figcaption>{_image(shot)}</figure>'
+        f"<figure><figcaption>{text(title)}</figcaption>{_image(shot)}</figure>"
         for shot, title in zip(shots, titles, strict=True)
     )
     return f'<div class="row n{len(shots)}" role="group" aria-label="{text(name)}">{cells}</div>'
@@ -150,10 +152,6 @@ def _rows(rows: Iterable[tuple[Sequence[Shot], Sequence[str], str]]) -> str:
 
 def _name(shot: Shot) -> str:
     return shot.text.rpartition(", ")[0]
-
-
-def _kind_words(gallery: Gallery) -> str:
-    return "" if gallery.kind == "test" else " These are training pictures: the data set has no test pictures."
 
 
 def _sliders(gallery: Gallery) -> str:
@@ -168,13 +166,11 @@ def _sliders(gallery: Gallery) -> str:
             size = f"shown at {width} × {height} of {size}"
         caption = f"""<h3 class="cf-caption"><span class="name">{text(slider.name)}</span>
 <span class="pale">{arrow(slider.direction)}, {size}, translated in {slider.seconds:.2g} s</span></h3>"""
-        sides = [Side(shot.source, shown(shot.text)) for shot in (slider.before, slider.after)]
-        if slider.after.size != slider.before.size:  # they must lie on one another
-            slider.after.size = slider.before.size
-        parts.append(comparison(*sides, slider.before.size, caption=caption, least=_LEAST))
-    lead = "Drag the line, or focus the slider and use the arrow keys. <b>100 %</b> shows one picture pixel a screen pixel."
+        before, after = (Side(shot.source, shown(shot.text)) for shot in (slider.before, slider.after))
+        parts.append(comparison(before, after, slider.before.size, caption=caption, least=_LEAST))
+    lead = "Drag the line, or use the arrow keys on the slider. <b>100 %</b> shows one picture pixel a screen pixel."
     small = " small" if all(max(slider.before.size) <= _LEAST for slider in gallery.sliders) else ""
-    return f'<p class="with-script">{lead}{_kind_words(gallery)}</p><div class="sliders{small}">{"".join(parts)}</div>'
+    return f'<p class="with-script">{lead}</p><div class="sliders{small}">{"".join(parts)}</div>'
 
 
 def _grids(gallery: Gallery) -> str:
@@ -222,7 +218,12 @@ def _cases(gallery: Gallery) -> str:
             found = cases.get(direction, [])
             inner = "".join(_case(case, text(unit)) for case in found)
             parts.append(f'<h4>{word}</h4><div class="cases">{inner}</div>' if found else "")
-    return "".join(parts)
+    mapped = any(shot.text.endswith(", invented") for cases in gallery.worst.values() for shot in cases[0].shots)
+    lead = (
+        "<p><i>Invented</i>, in orange: what the translation has put in and the way back takes for a part of the scene."
+        "</p>"
+    )
+    return (lead if mapped else "") + "".join(parts)
 
 
 def _case(case: Case, unit: str) -> str:
@@ -239,14 +240,14 @@ def _measures(run: Run) -> str:
     evaluation = run.evaluation
     if evaluation is None:
         return (
-            '<p class="notice">This run has not been measured. <code>cyclegan-fast evaluate</code> does that, and '
-            "<code>cyclegan-fast report --evaluate</code> before it writes the page.</p>"
+            '<p class="notice">This run has not been measured: <code>cyclegan-fast report --evaluate</code> does that '
+            "before it writes the page.</p>"
         )
     stale = ""
     if run.chosen is not None and evaluation.step is not None and evaluation.step != run.chosen.step:
         stale = (
             f'<p class="notice">These measures are of step {evaluation.step:,}; the pictures on this page are of step '
-            f"{run.chosen.step:,}.</p>"
+            f"{run.chosen.step:,}. <code>cyclegan-fast report --evaluate</code> measures that one.</p>"
         )
     tables = "".join(
         f"<h3>{arrow(direction)}</h3>{_measure_table(measures)}"
@@ -254,20 +255,21 @@ def _measures(run: Run) -> str:
         if measures
     )
     missing = "".join(f"<li>{text(title)}: {text(why)}</li>" for title, why in evaluation.missing)
-    missing = f'<details><summary>Not measured</summary><ul>{missing}</ul></details>' if missing else ""
+    missing = f"<details><summary>Not measured</summary><ul>{missing}</ul></details>" if missing else ""
     return f"{stale}<p>{_measured_on(evaluation)}</p>{tables}{missing}"
 
 
 def _measured_on(evaluation: Evaluation) -> str:
     data = evaluation.data
-    counts = " and ".join(
-        f"{data[f'count_{domain}']} pictures of {domain}" for domain in "AB" if isinstance(data.get(f"count_{domain}"), int)
-    )
-    pairs = ", with the truth of each" if data.get("pairs") is True else ""
+    known = [domain for domain in "AB" if isinstance(data.get(f"count_{domain}"), int)]
+    counts = " and ".join(f"{data[f'count_{domain}']} of {domain}" for domain in known)
+    pairs = ", with the truth to them" if data.get("pairs") is True else ""
+    split = "training" if data.get("split") == "train" else "test"
+    how = f" ({text(data['preparation'])})" if data.get("preparation") else ""
     return (
-        f"Measured on {counts or 'test pictures'}{pairs}. Each value stands with its 95 % interval over the pictures. "
-        "<i>Untouched</i>: the same measure of the inputs themselves. <i>Target</i>: of real pictures of the other "
-        "domain."
+        f"Measured on {split} pictures, {counts or 'of both domains'}{pairs}{how}. Each value stands with its 95 % "
+        "interval for the choice of the pictures; another training differs by more. <i>Untouched</i>: the same measure "
+        "of the inputs themselves. <i>Target</i>: of real pictures of the other domain."
     )
 
 
@@ -287,7 +289,9 @@ def _measure_table(measures: Sequence[Measure]) -> str:
 
 
 def _measure_row(measure: Measure) -> str:
-    better = {1: "higher is better", -1: "lower is better"}.get(measure.better, "")
+    better = {1: "higher is better", -1: "lower is better"}.get(
+        measure.better, "to be as the target" * bool(measure.target)
+    )
     unit = f" {text(measure.unit)}" if measure.unit else ""
     words = ", ".join(part for part in (text(better), text(measure.note)) if part)
     words = f"<small>{words}</small>" if words else ""
@@ -310,15 +314,28 @@ def _reading(reading: Reading | None, unit: str) -> str:
 
 
 def _verdict(measure: Measure) -> str:
-    """Whether the translation is better or worse than the untouched input, where the intervals do not overlap."""
-    now, was = measure.reading, measure.untouched
-    if was is None or not measure.better or None in (now.low, now.high, was.low, was.high):
+    """Whether the translation is better or worse than the untouched input, as far as the interval tells.
+
+    That of the difference picture by picture where there is one; else the two intervals must not overlap.
+    """
+    now, was, difference = measure.reading, measure.untouched, measure.difference
+    if was is None or not measure.better:
         return ""
-    assert_low, assert_high = (now.low, was.high) if measure.better > 0 else (was.low, now.high)
-    if assert_low > assert_high:  # type: ignore[operator]  # neither is None
-        return '<span class="verdict good">better than untouched</span>'
-    apart = (now.high < was.low) if measure.better > 0 else (now.low > was.high)  # type: ignore[operator]
-    return '<span class="verdict bad">worse than untouched</span>' if apart else '<span class="verdict">no clear difference</span>'
+    low, high = (difference.low, difference.high) if difference else _apart(now, was)
+    if low is None or high is None:
+        return ""
+    if low <= 0 <= high:
+        return '<span class="verdict">no clear difference</span>'
+    good = (low > 0) == (measure.better > 0)
+    word, kind = ("better", "good") if good else ("worse", "bad")
+    return f'<span class="verdict {kind}">{word} than untouched</span>'
+
+
+def _apart(now: Reading, was: Reading) -> tuple[float | None, float | None]:
+    """The least and the greatest difference of what lies within two intervals."""
+    if now.low is None or now.high is None or was.low is None or was.high is None:
+        return None, None
+    return now.low - was.high, now.high - was.low
 
 
 def _range(measure: Measure) -> str:
@@ -369,8 +386,11 @@ def _charts(records: Sequence[Record]) -> Iterator[Chart]:
     terms = {"Cycle terms": ("cycle_A", "cycle_B"), "Identity terms": ("idt_A", "idt_B")}
     for title, names in terms.items():
         yield from _chart(records, title, _lines(records, names), note="weighted, as in the generators' losses")
-    for base, names in _test_names(records).items():
-        lines = [Line(arrow(name[-4:]) if name[-4:] in ("AtoB", "BtoA") else "mean", line.values) for name, line in zip(names, _lines(records, names), strict=True)]
+    for base, found in _test_names(records).items():
+        lines = [
+            Line(arrow(name[-4:]) if name[-4:] in ("AtoB", "BtoA") else "mean", line.values)
+            for name, line in zip(found, _lines(records, found), strict=True)
+        ]
         yield from _chart(records, _TESTS.get(base, f"test_{base}"), lines, smooth=False, from_zero=False)
     yield from _chart(records, "Learning rate", _lines(records, ("lr",)), smooth=False)
     yield from _chart(records, "Pairs a second", _lines(records, ("pairs_per_s",)))
@@ -393,7 +413,12 @@ def _test_names(records: Sequence[Record]) -> dict[str, list[str]]:
 
 
 def _chart(
-    records: Sequence[Record], title: str, lines: Sequence[Line], *, note: str = "", smooth: bool = True,
+    records: Sequence[Record],
+    title: str,
+    lines: Sequence[Line],
+    *,
+    note: str = "",
+    smooth: bool = True,
     from_zero: bool = True,
 ) -> Iterator[Chart]:
     """A chart of the places where any of the lines was recorded, if there is one with a value."""
@@ -401,7 +426,14 @@ def _chart(
         return
     names = [np.isfinite(line.values) for line in lines]
     recorded = np.any(names, axis=0) | np.array(
-        [any(value is None or (isinstance(value, float) and not math.isfinite(value)) for key, value in record.items() if key in _LOSSES) for record in records]
+        [
+            any(
+                value is None or (isinstance(value, float) and not math.isfinite(value))
+                for key, value in record.items()
+                if key in _LOSSES
+            )
+            for record in records
+        ]
     )
     if not smooth:
         recorded = np.any(names, axis=0)
@@ -436,9 +468,8 @@ def _timing(run: Run) -> str:
         ("Share of the measured matrix rate", f"{100 * mfu:.0f} %" if mfu else ""),
         ("Peak memory", f"{memory.max():.2f} GB" if memory.size else ""),
     ]
-    seconds = run.evaluation.provenance.get("seconds") if run.evaluation else None
-    if isinstance(seconds, (int, float)):
-        facts.append(("Measuring", _duration(seconds)))
+    seconds = number(run.evaluation.provenance.get("seconds")) if run.evaluation else None
+    facts.append(("Measuring", _duration(seconds) if seconds else ""))
     return _facts(facts)
 
 
@@ -447,7 +478,9 @@ def _settings(config: Config) -> str:
     own, defaults = _flat(to_dict(config)), _flat(to_dict(Config()))
     changed = [(name, value) for name, value in own.items() if value != defaults.get(name)]
     rows = "".join(
-        f'<tr><th scope="row"><code>{text(name)}</code></th><td>{text(value)}</td><td class="pale">{text(defaults.get(name))}</td></tr>'
+        f'<tr><th scope="row"><code>{text(name).replace(".", ".<wbr>").replace("_", "_<wbr>")}</code></th>'
+        f"<td>{text(value)}</td>"
+        f'<td class="pale">{text(defaults.get(name))}</td></tr>'
         for name, value in changed
     )
     lines = "\n".join(text(line) for line in to_yaml(config).split("\n"))
@@ -463,12 +496,15 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _provenance(run: Run, gallery: Gallery, command: str) -> str:
+def _provenance(run: Run, command: str) -> str:
     """Which files and programs this page comes from."""
     chosen = run.chosen
     trained: Mapping[str, Any] = chosen.provenance if chosen else {}
     facts = [
-        ("Checkpoint", f"{chosen.path.name}, step {chosen.step:,}, {chosen.path.stat().st_size / 1e6:.1f} MB" if chosen else "none yet"),
+        (
+            "Checkpoint",
+            f"{chosen.path.name}, step {chosen.step:,}, {chosen.bytes / 1e6:.1f} MB" if chosen else "none yet",
+        ),
         ("Written", _moment(trained.get("time"))),
         ("Trained by", _programs(trained)),
         ("Trained on", ", ".join(str(trained[key]) for key in ("device", "precision") if key in trained)),
@@ -489,6 +525,7 @@ def _programs(provenance: Mapping[str, Any]) -> str:
 
 def _moment(stamp: Any) -> str:
     """A time in seconds, or as it was written."""
-    if isinstance(stamp, (int, float)) and 0 < stamp < 1e11:
-        return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(stamp))
+    seconds = number(stamp)
+    if seconds is not None and 0 < seconds < 1e11:
+        return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
     return str(stamp) if stamp else ""
