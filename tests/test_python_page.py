@@ -19,11 +19,16 @@ PAGE = Path(__file__).parents[1] / "docs" / "python.md"
 
 
 def test_every_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = from_dict({"model": {"ngf": 4, "blocks": 1}, "loss": {"identity": 0}})
+    data = {"load_size": 36, "crop_size": 36, "workers": 1}
+    config = from_dict({"data": data, "model": {"ngf": 4, "blocks": 1}, "loss": {"identity": 0}})
     G_A, G_B = (network.state_dict() for network in build_generators(config.model))
     content = {"config": to_dict(config), "G_A": G_A, "G_B": G_B, "position": {"step": 1, "epoch": 1}}
     write_checkpoint(step_path(tmp_path / "runs" / "flowers", 1), content)
     Image.fromarray(np.zeros((30, 41, 3), dtype=np.uint8)).save(tmp_path / "IMG_1.jpg")
+    for number in range(15):
+        file = tmp_path / "datasets" / "flowers" / ("testA", "testB", "truthB")[number % 3] / f"{number // 3}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (36, 36, 3), dtype=np.uint8)).save(file)
     monkeypatch.chdir(tmp_path)
     examples = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     assert len(examples) >= 8

@@ -23,7 +23,7 @@ import os
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -130,7 +130,9 @@ def _moments(rows: Floats) -> tuple[Floats, Floats]:
     """Mean [K], and C [N, K], or fewer rows, with C^T C the covariance."""
     mean = rows.mean(axis=0)
     factor: Floats = (rows - mean) / math.sqrt(len(rows) - 1)
-    return mean, np.linalg.qr(factor, mode="r") if len(factor) > factor.shape[1] else factor
+    if len(factor) > factor.shape[1]:
+        factor = np.asarray(np.linalg.qr(factor, mode="r"))
+    return mean, factor
 
 
 def _kernel(first: Floats, second: Floats) -> Floats:
@@ -213,7 +215,7 @@ def program_embedding(path: str | Path) -> Embedding:
 
 
 def _run_program(
-    network: Callable[[Tensor], Tensor], part: Tensor, dtype: torch.dtype, fixed: list[int | None]
+    network: Callable[[Tensor], Tensor], part: Tensor, dtype: torch.dtype, fixed: Sequence[int | None]
 ) -> Tensor:
     count = len(part)
     if fixed[0] is not None and count < fixed[0]:

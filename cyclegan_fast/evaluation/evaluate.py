@@ -408,13 +408,14 @@ class _Summary:
         if name in ("swd", "swd_colour"):
             statistics = "own" if name == "swd" else "reference"
             value, *influences = set_distance(self.patches, other.patches, statistics=statistics)
-            return linear_bootstrap(value, influences)
+            return _not_negative(linear_bootstrap(value, influences))
         if name == "colour_distance":
             return _colour_distance(self.histograms, other.histograms)
         kind, _, key = name.partition("_")
         formula = frechet_distance if kind in ("fid", "frechet") else kernel_distance
         key = key or "inception"
-        return resampled(formula, self.features[key], other.features[key])
+        found = resampled(formula, self.features[key], other.features[key])
+        return _not_negative(found) if formula is frechet_distance else found
 
 
 def _colour_distance(reference: Floats, other: Floats) -> Interval:
@@ -427,7 +428,12 @@ def _colour_distance(reference: Floats, other: Floats) -> Interval:
         2 * np.tensordot(histograms - mean, signs, axes=2) / len(signs)
         for histograms, mean in zip((reference, other), means, strict=True)
     )
-    return linear_bootstrap(value, (-own, theirs))
+    return _not_negative(linear_bootstrap(value, (-own, theirs)))
+
+
+def _not_negative(interval: Interval) -> Interval:
+    """The interval of what cannot be below 0."""
+    return replace(interval, low=max(0.0, interval.low))
 
 
 def _singles(images: Tensor) -> Values:
@@ -462,8 +468,8 @@ def _of_pictures(name: str, found: Floats, before: Floats | None, goal: Floats |
     difference = None if before is None else _mean(found - before)
     lost = int(np.isnan(found).sum())
     note = f"of {len(found) - lost} pictures; for {lost} it is not known" if lost else ""
-    beside = [None if values is None else _mean(values) for values in (before, goal)]
-    return Metric(name, _mean(found), *beside, difference, note)
+    untouched, target = (None if values is None else _mean(values) for values in (before, goal))
+    return Metric(name, _mean(found), untouched, target, difference, note)
 
 
 def _mean(values: Floats) -> Interval:

@@ -18,6 +18,7 @@ should be taken of what it returns. Noise costs an honest cycle nothing here, as
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -38,6 +39,7 @@ _WINDOW = 9  # pixels of a level: 81 of them, times 3 channels, say whether two 
 _CHANCE = 0.2  # correlations of unrelated details in such windows stay below this
 _SEEN = 12 / 255  # a change that is seen at a glance
 _ROUNDING = 1 / 255
+_NOTHING = (0.1 / 255) ** 2  # power below which there is no detail
 
 
 @dataclass(frozen=True)
@@ -130,16 +132,21 @@ def _invented(x: Tensor, y: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
 def _kept(u: Tensor, c: Tensor) -> Tensor:
     """The part of the change u that the change c holds, too."""
     both, own, other = (_local((a * b).mean(dim=1, keepdim=True)) for a, b in ((u, c), (u, u), (c, c)))
-    tiny = (_ROUNDING / 10) ** 2
-    cosine = both / (own * other).sqrt().clamp_min(tiny)
+    cosine = both / (own * other).sqrt().clamp_min(_NOTHING)
     certain = ((cosine - _CHANCE) / (1 - _CHANCE)).clamp_min(0)
-    return u * (certain * (other / own.clamp_min(tiny)).sqrt()).clamp_max(1)
+    return u * (certain * (other / own.clamp_min(_NOTHING)).sqrt()).clamp_max(1)
 
 
 def _beyond_gain(y: Tensor, x: Tensor) -> Tensor:
-    """What is left of the detail y without its local multiple of the detail x."""
-    power = _local(x * x)
-    return y - x * _local(_local(x * y) / power.clamp_min((_ROUNDING / 10) ** 2)).clamp_min(0)
+    """What is left of the detail y without its local multiples of the detail x, and of x blurred."""
+    soft = _blurred(x)
+    return _without(_without(y, x, least=0.0), _without(soft, x))
+
+
+def _without(y: Tensor, x: Tensor, least: float = -math.inf) -> Tensor:
+    """y less its local multiple of x, of a factor not below ``least``."""
+    gain = _local(x * y) / _local(x * x).clamp_min(_NOTHING)
+    return y - x * gain.clamp_min(least)
 
 
 def _beyond_grade(y: Tensor, x: Tensor) -> Tensor:
@@ -158,9 +165,16 @@ def _local(values: Tensor) -> Tensor:
     return F.avg_pool2d(padded, 2 * reach + 1, stride=1)
 
 
+def _blurred(x: Tensor) -> Tensor:
+    """Each channel under the window 1 2 1, down and across."""
+    padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
+    rows = padded[:, :, :-2] + 2 * padded[:, :, 1:-1] + padded[:, :, 2:]
+    return (rows[..., :-2] + 2 * rows[..., 1:-1] + rows[..., 2:]) / 16
+
+
 def _pyramid(batch: Tensor) -> Iterator[Tensor]:
-    """Laplacian pyramid down to a short side of 8 to 16 pixels; `_enlarged` puts it together again exactly."""
-    while min(batch.shape[2:]) > 16:
+    """Laplacian pyramid down to a short side of 5 to 8 pixels; `_enlarged` puts it together again exactly."""
+    while min(batch.shape[2:]) > 8:
         coarse = F.avg_pool2d(batch, 2, ceil_mode=True, count_include_pad=False)
         yield batch - _enlarged(coarse, batch)
         batch = coarse

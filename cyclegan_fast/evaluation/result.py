@@ -159,8 +159,14 @@ class Evaluation:
     def table(self) -> str:
         """Tables for a terminal, one a direction."""
         parts = [_heading(self, name) + "\n" + _text(direction.metrics) for name, direction in self.directions.items()]
-        missing = [f"not measured: {item['title']}: {item['why']}" for item in self.missing]
-        return "\n\n".join([*parts, "\n".join([_EXPLAINED, *missing])])
+        return "\n\n".join([*parts, "\n".join([_EXPLAINED, *self._not_measured()])])
+
+    def _not_measured(self) -> list[str]:
+        """A line for each reason."""
+        reasons: dict[str, list[str]] = {}
+        for item in self.missing:
+            reasons.setdefault(item["why"], []).append(item["title"])
+        return [f"not measured: {'; '.join(titles)}: {why}" for why, titles in reasons.items()]
 
     def markdown(self) -> str:
         """The same as Markdown."""
@@ -168,7 +174,7 @@ class Evaluation:
             f"**{_heading(self, name)}**\n\n{_markdown(direction.metrics)}"
             for name, direction in self.directions.items()
         ]
-        missing = [f"* not measured: {item['title']}: {item['why']}" for item in self.missing]
+        missing = [f"* {line}" for line in self._not_measured()]
         return "\n\n".join([*parts, _EXPLAINED, *(["\n".join(missing)] if missing else [])])
 
 

@@ -51,7 +51,9 @@ class Side:
 
     def __getitem__(self, chosen: slice | Sequence[int]) -> UInt8Array:
         places = range(len(self))[chosen] if isinstance(chosen, slice) else chosen
-        return np.stack([self._centre(self.store[place]) for place in places]).transpose(0, 3, 1, 2)
+        pictures: UInt8Array = np.stack([self._centre(self.store[place]) for place in places])
+        channels_first: UInt8Array = pictures.transpose(0, 3, 1, 2)
+        return channels_first
 
     def _centre(self, picture: UInt8Array) -> UInt8Array:
         top, left = ((side - part) // 2 for side, part in zip(picture.shape[:2], self.window, strict=True))

@@ -368,7 +368,7 @@ def test_the_command_prints_a_table_and_writes_the_file(
     cells = line.replace("PSNR to the truth, dB", "").replace(" to ", " ").split()
     assert [float(cell) for cell in cells[:4]] == pytest.approx(figures, rel=1e-3)
     assert cells[4:] == ["-", "more"]
-    assert "not measured: FID: not asked for (--fid)" in printed
+    assert "not measured: FID; KID: not asked for (--fid)" in printed
 
 
 def test_the_command_leaves_out_bad_files_by_name(
