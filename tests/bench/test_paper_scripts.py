@@ -69,7 +69,6 @@ def test_a_part_that_fails_is_named(tmp_path: Path) -> None:
     assert paper.parts(tmp_path) == {}
 
 
-@pytest.mark.slow
 def test_an_ablation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [tmp_path / f"out.{suffix}" for suffix in ("json", "md", "jpg")]
     arguments = ["--small", "--arms", "resize", "--seeds", "2", "--work", str(tmp_path / "work")]
