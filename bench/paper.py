@@ -4,7 +4,7 @@
 
 See bench/paper.sh, which is how it is called. The recipes are those of configs/paper. At reduced size they keep what
 tells them apart, with smaller networks, pictures and numbers of steps, alike for all three; the schedules keep their
-shape, and averages of weights their share of the run.
+shape, and averages of weights their share of the run; a recipe whose step takes more work has fewer of them.
 
 Every part is a command of its own, so that its time and memory are its own. A part that is done is not repeated.
 """
@@ -37,6 +37,7 @@ from cyclegan_fast.config import Config, load_config
 from cyclegan_fast.data.photo import open_photo
 from cyclegan_fast.data.synthetic import ensure_dataset
 from cyclegan_fast.evaluation.figures import grid
+from cyclegan_fast.models import cost
 from cyclegan_fast.training.checkpoint import checkpoint_dir
 
 RECIPES = {name: ROOT / "configs" / "paper" / f"{name}.yaml" for name in ("keras", "original", "ours")}
@@ -60,20 +61,33 @@ class Reduction:
     tests: int
     lr: float = 4e-4
 
-    def settings(self, recipe: Config, pictures: int) -> Iterator[str]:
-        """What to override in a recipe that is trained on so many pictures of a domain."""
-        training = recipe.training
+    def settings(self, path: Path, pictures: int) -> Iterator[str]:
+        """What to override in a recipe that is trained on so many pictures of a domain.
+
+        Its epochs are as many as take the floating-point operations that the original recipe takes at this size.
+        """
+        training = load_config(path).training
         whole = training.epochs + training.epochs_decay
-        plain = round(self.epochs * training.epochs / whole)
-        yield from (f"data.load_size={self.load}", f"data.crop_size={self.crop}")
+        epochs = max(2, round(self.epochs * self.work(RECIPES["original"]) / self.work(path)))
+        plain = round(epochs * training.epochs / whole)
+        yield from self.networks()
         yield from (f"data.limit_train={pictures}", f"data.limit_test={self.tests}")
-        yield from (f"model.ngf={self.ngf}", f"model.ndf={self.ngf}", f"model.blocks={self.blocks}")
-        yield from (f"training.epochs={plain}", f"training.epochs_decay={self.epochs - plain}")
+        yield from (f"training.epochs={plain}", f"training.epochs_decay={epochs - plain}")
         yield f"training.lr={training.lr / PAPER_LR * self.lr}"
         if training.ema:
-            longer = whole * PAPER_PICTURES / (self.epochs * pictures)
+            longer = whole * PAPER_PICTURES / (epochs * pictures)
             yield f"training.ema={max(0.0, 1 - (1 - training.ema) * longer):.6f}"
-        yield f"checkpoint.milestones={sorted({1, max(1, round(self.epochs / 5)), self.epochs})}"
+        yield f"checkpoint.milestones={sorted({1, max(1, round(epochs / 5)), epochs})}"
+
+    def networks(self) -> Iterator[str]:
+        """Sizes of pictures and networks."""
+        yield from (f"data.load_size={self.load}", f"data.crop_size={self.crop}")
+        yield from (f"model.ngf={self.ngf}", f"model.ndf={self.ngf}", f"model.blocks={self.blocks}")
+
+    def work(self, path: Path) -> float:
+        """Floating-point operations of a step of a recipe."""
+        config = load_config(path, list(self.networks()))
+        return cost.training_step(cost.configured(config, self.crop, self.crop, precision="fp32", fused=True)).flop
 
 
 @dataclass(frozen=True)
@@ -131,7 +145,7 @@ class Bench:
         if CUDA and pictures.reduction is None:  # as the device does it best, all alike
             settings += ["training.precision=auto", "training.mode=graph", "monitor.log_every=250"]
         if pictures.reduction is not None:
-            settings += pictures.reduction.settings(load_config(RECIPES[recipe]), pictures.count())
+            settings += pictures.reduction.settings(RECIPES[recipe], pictures.count())
         return load_config(RECIPES[recipe], settings), settings
 
     def run(self, pictures: Pictures, recipe: str, seed: int) -> bool:
@@ -273,6 +287,10 @@ def figure(bench: Bench, pictures: Pictures, rows: int) -> Image.Image | None:
     return grid(cells, column_titles=list(columns), cell=2 * side if pictures.reduction else side)
 
 
+def whole_epochs(config: Config) -> int:
+    return config.training.epochs + config.training.epochs_decay
+
+
 def squared(file: Path, side: int) -> Any:
     """uint8 [side, side, 3], resized as for training."""
     return np.asarray(open_photo(file, 3).image.resize((side, side), Image.Resampling.BICUBIC))
@@ -288,13 +306,15 @@ def as_markdown(bench: Bench, chosen: argparse.Namespace, facts: dict[str, Any])
             continue
         config = bench.config(pictures, "original", 0)[0]
         training, data = config.training, config.data
+        epochs = [f"{whole_epochs(bench.config(pictures, recipe, 0)[0])} epochs of {recipe}" for recipe in RECIPES]
         lines += [
             "",
             f"## {pictures.title}",
             "",
             f"At most {data.limit_train} + {data.limit_train} pictures, crops of {data.crop_size} of {data.load_size} "
             f"pixels; ngf {config.model.ngf}, {config.model.blocks} blocks; "
-            f"{training.epochs + training.epochs_decay} epochs, learning rate {training.lr:g} (of `original`).",
+            f"{', '.join(epochs)}, which take about the same floating-point operations; learning rate "
+            f"{training.lr:g} (of `original`).",
         ]
         for direction, words in DIRECTIONS.items():
             aside = bench.costs(pictures) if direction == "AtoB" else None

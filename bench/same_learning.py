@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -71,6 +71,7 @@ class Arm:
         return self.name.replace(" ", "-").replace(",", "")
 
 
+AnyArm = TypeVar("AnyArm", bound=Arm)
 FP32 = "training.precision=fp32"
 BF16 = "training.precision=bf16"
 FUSED = "training.impl=fused"
@@ -536,11 +537,16 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         chosen.size, chosen.steps, chosen.ngf, chosen.blocks, chosen.train, chosen.test = 32, 4, 4, 1, 6, 4
     if not 1 <= chosen.seeds <= len(STUDENT) + 1:
         parser.error(f"--seeds {chosen.seeds}: 1 to {len(STUDENT) + 1}")
-    names = [name.strip() for name in chosen.arms.split(";") if name.strip()]
-    if unknown := set(names) - {arm.name for arm in ARMS}:
-        parser.error(f"--arms: no such arm: {', '.join(sorted(unknown))}")
-    chosen.arms = [arm for arm in ARMS if not names or arm.name in names]
+    chosen.arms = named(parser, chosen.arms, ARMS)
     return chosen
+
+
+def named(parser: argparse.ArgumentParser, text: str, arms: Sequence[AnyArm]) -> list[AnyArm]:
+    """The arms that --arms names, separated by semicolons; all of them if it names none."""
+    names = [name.strip() for name in text.split(";") if name.strip()]
+    if unknown := set(names) - {arm.name for arm in arms}:
+        parser.error(f"--arms: no such arm: {', '.join(sorted(unknown))}")
+    return [arm for arm in arms if not names or arm.name in names]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -57,8 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_translate(commands)
     _add_figures(commands)
-    _add_evaluate(commands)
     _add_report(commands)
+    _add_evaluate(commands)
     _add_data(commands)
     _add_export(commands)
     _add_weights(commands)
@@ -201,6 +201,33 @@ def _add_figures(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     cycle.set_defaults(run=_figure_cycle)
 
 
+def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    report = commands.add_parser(
+        "report",
+        help="write a run as one HTML page to look at and to send",
+        description="Write settings, curves, measures and pictures of a run as one HTML file that needs no network.",
+    )
+    report.add_argument("run_folder", metavar="RUN", help="run folder")
+    report.add_argument("-o", "--out", metavar="FILE", help="page to write (default: RUN/report.html)")
+    report.add_argument("--which", default="latest", help="checkpoint of the run: latest, best or epoch-N")
+    report.add_argument("--data", metavar="DIR", help="the run's data set, if it has moved")
+    report.add_argument(
+        "--pictures", nargs="+", default=[], metavar="FILE", help="pictures for the sliders (default: test pictures)"
+    )
+    report.add_argument("--number", type=int, default=3, metavar="N", help="test pictures a direction (default 3)")
+    report.add_argument("--quality", type=int, default=88, metavar="1..100", help="of the JPEGs in it (default 88)")
+    report.add_argument(
+        "--max-size", default="15MB", metavar="SIZE", help="pictures are shrunk to keep the page below (default 15MB)"
+    )
+    report.add_argument(
+        "--evaluate",
+        action=argparse.BooleanOptionalAction,
+        help="measure the checkpoint first, as `cyclegan-fast evaluate` does (default: if nothing was measured yet)",
+    )
+    _add_execution_options(report)
+    report.set_defaults(run=_report)
+
+
 def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     evaluate = commands.add_parser(
         "evaluate",
@@ -245,28 +272,6 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     )
     _add_execution_options(evaluate)
     evaluate.set_defaults(run=_evaluate)
-
-
-def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    report = commands.add_parser(
-        "report",
-        help="write a run as one HTML page to look at and to send",
-        description="Write settings, curves, measures and pictures of a run as one HTML file that needs no network.",
-    )
-    report.add_argument("run_folder", metavar="RUN", help="run folder")
-    report.add_argument("-o", "--out", metavar="FILE", help="page to write (default: RUN/report.html)")
-    report.add_argument("--which", default="latest", help="checkpoint of the run: latest, best or epoch-N")
-    report.add_argument("--data", metavar="DIR", help="the run's data set, if it has moved")
-    report.add_argument(
-        "--pictures", nargs="+", default=[], metavar="FILE", help="pictures for the sliders (default: test pictures)"
-    )
-    report.add_argument("--number", type=int, default=3, metavar="N", help="test pictures a direction (default 3)")
-    report.add_argument("--quality", type=int, default=88, metavar="1..100", help="of the JPEGs in it (default 88)")
-    report.add_argument(
-        "--max-size", default="15MB", metavar="SIZE", help="pictures are shrunk to keep the page below (default 15MB)"
-    )
-    _add_execution_options(report)
-    report.set_defaults(run=_report)
 
 
 def _add_execution_options(parser: argparse.ArgumentParser) -> None:
@@ -519,6 +524,27 @@ def _keep_figure(figure: Image.Image, out: str) -> int:
     return 0
 
 
+def _report(arguments: argparse.Namespace) -> int:
+    from cyclegan_fast.evaluation.report.page import write_report
+    from cyclegan_fast.inference.memory import parse_size
+
+    out = write_report(
+        arguments.run_folder,
+        arguments.out,
+        which=arguments.which,
+        data=arguments.data,
+        pictures=arguments.pictures,
+        number=arguments.number,
+        quality=arguments.quality,
+        max_size=parse_size(arguments.max_size),
+        evaluate=arguments.evaluate,
+        device=arguments.device,
+        precision=arguments.precision,
+    )
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
 def _evaluate(arguments: argparse.Namespace) -> int:
     from cyclegan_fast.evaluation.evaluate import evaluate
 
@@ -546,27 +572,6 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     for name, reason in found.data["left_out"]:
         print(f"left out: {shown(name)}: {shown(reason)}", file=sys.stderr)
     return 1 if found.data["left_out"] else 0
-
-
-def _report(arguments: argparse.Namespace) -> int:
-    from cyclegan_fast.evaluation.report.page import write_report
-    from cyclegan_fast.inference.memory import parse_size
-
-    out = write_report(
-        arguments.run_folder,
-        arguments.out,
-        which=arguments.which,
-        data=arguments.data,
-        pictures=arguments.pictures,
-        number=arguments.number,
-        quality=arguments.quality,
-        max_size=parse_size(arguments.max_size),
-        evaluate=arguments.evaluate,
-        device=arguments.device,
-        precision=arguments.precision,
-    )
-    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
-    return 0
 
 
 def _data_synth(arguments: argparse.Namespace) -> int:

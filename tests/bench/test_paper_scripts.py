@@ -51,8 +51,13 @@ def test_reduced_recipes_keep_what_tells_them_apart(tmp_path: Path) -> None:
     assert (original.training.epochs, original.training.epochs_decay, original.model.ngf) == (5, 5, 16)
     assert {config.data.limit_train for config in (keras, original, ours)} == {40}
     whole = load_config(paper.RECIPES["ours"])
-    # As large a share of the run is averaged over: 25,000 steps then, 400 now.
-    assert (1 - ours.training.ema) / (1 - whole.training.ema) == pytest.approx(25_000 / 400, rel=0.01)
+    steps, whole_steps = (config.data.limit_train * paper.whole_epochs(config) for config in (ours, whole))
+    # As large a share of the run is averaged over.
+    assert (1 - ours.training.ema) / (1 - whole.training.ema) == pytest.approx(whole_steps / steps, rel=0.01)
+    # And the work of the runs is the original's, to half an epoch.
+    for path, config in ((paper.RECIPES["ours"], ours), (paper.RECIPES["keras"], keras)):
+        work = paper.whole_epochs(config) * small.work(path) / (10 * small.work(paper.RECIPES["original"]))
+        assert work == pytest.approx(1, abs=0.06)
     assert ours.model.upsample == whole.model.upsample == "resize"
     assert keras.checkpoint.milestones == (1, 2, 10)
 
@@ -64,7 +69,6 @@ def test_a_part_that_fails_is_named(tmp_path: Path) -> None:
     assert paper.parts(tmp_path) == {}
 
 
-@pytest.mark.slow
 def test_an_ablation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [tmp_path / f"out.{suffix}" for suffix in ("json", "md", "jpg")]
     arguments = ["--small", "--arms", "resize", "--seeds", "2", "--work", str(tmp_path / "work")]
