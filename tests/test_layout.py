@@ -60,6 +60,7 @@ ALLOWED = {
     },
     "training.experiment": {"config", "data.loader", "training.checkpoint"},
     "training.state": {"training.checkpoint", "training.ema", "training.image_pool", "training.step"},
+    "training.familiar": {"data.folder", "data.loader", "data.photo", "data.store", "inference.familiarity"},
     "training.health": {
         *("data.loader", "distributed"),
         *(f"training.{name}" for name in ("checkpoint", "experiment", "monitor", "state")),
@@ -82,7 +83,8 @@ ALLOWED = {
     "training.trainer": {
         *("config", "data.loader", "device", "distributed", "errors", "evaluation.figures", "models", "version"),
         "inference.weights",  # a run that starts from weights of others
-        *(f"training.{name}" for name in ("build", "checkpoint", "elastic", "ema", "experiment", "graph", "health")),
+        *(f"training.{name}" for name in ("build", "checkpoint", "elastic", "ema", "experiment", "familiar")),
+        *(f"training.{name}" for name in ("graph", "health")),
         *(f"training.{name}" for name in ("image_pool", "monitor", "process", "replicas", "run_folder")),
         *("roofline", "training.latents", "training.schedule", "training.state", "training.step"),
     },

@@ -36,13 +36,14 @@ def comparison(translated: Translated) -> str:
     size = result.stat().st_size / 1e6
     name = html.escape(translated.name)
     image = '<img class="cf-{0}" src="{1}/{0}" alt="{2}, {0}" width="{3}" height="{4}" draggable="false">'
+    doubt = f".<br>This photograph is {html.escape(translated.unfamiliar)}." if translated.unfamiliar else ""
     images = "".join(
         image.format(which, base, name, translated.width, translated.height) for which in ("after", "before")
     )
     return f"""
 <section class="cf-compare" data-width="{translated.width}" data-height="{translated.height}">
 <p class="cf-caption" role="status"><strong>{name}</strong> {LABELS[translated.direction]},
-{translated.width} × {translated.height} pixels, translated in {translated.seconds:.1f} s</p>
+{translated.width} × {translated.height} pixels, translated in {translated.seconds:.1f} s{doubt}</p>
 <div class="cf-bar">
 <label class="cf-slide"><span>Before | after</span>
 <input class="cf-range" type="range" min="0" max="100" step="1" value="50"
