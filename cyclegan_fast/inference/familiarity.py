@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ASPECTS", "LEAST_PICTURES", "UNUSUAL", "Familiarity", "Reference", "features", "thinned"]
+__all__ = ["ASPECTS", "LEAST_PICTURES", "UNUSUAL", "Familiarity", "Reference"]
+__all__ += ["distances_from", "features", "thinned", "whitened"]
 
 Float64Array = npt.NDArray[np.float64]
 Features = dict[str, Float64Array]
@@ -115,10 +116,10 @@ class Reference:
             test = None
         whitening, bounds, ratios = {}, {}, {}
         for name in ASPECTS:
-            whitening[name] = _whitening(training[name])
+            whitening[name] = whitened(training[name])
             held_out = left_out = _left_out_distances(training[name])
             if test is not None:
-                held_out = _distances(test[name], *whitening[name])
+                held_out = distances_from(test[name], *whitening[name])
             # Either may be easy by chance; of the two, the larger keeps false warnings as rare as they should be.
             bounds[name] = max(_upper_bound(held_out), _upper_bound(left_out))
             ratios[name] = held_out / bounds[name]
@@ -128,7 +129,7 @@ class Reference:
 
     def compare(self, found: Features) -> Familiarity:
         """The familiarity of pictures by their `features`: of the least familiar one."""
-        ratios = np.stack([_distances(found[name], *self.whitening[name]) / self.bounds[name] for name in ASPECTS])
+        ratios = np.stack([distances_from(found[name], *self.whitening[name]) / self.bounds[name] for name in ASPECTS])
         aspect, _ = np.unravel_index(int(ratios.argmax()), ratios.shape)
         distance = float(ratios.max())
         nearer = int(np.searchsorted(self.scores, distance))
@@ -260,7 +261,7 @@ def _cells(edges: tuple[int, ...], directions: int) -> Float64Array:
     return np.asarray(rows / rows.sum(axis=1, keepdims=True))
 
 
-def _whitening(samples: Float64Array) -> tuple[Float64Array, Float64Array]:
+def whitened(samples: Float64Array) -> tuple[Float64Array, Float64Array]:
     """Centre [d] and matrix [d, d] of samples [n, d]: |(f - centre) matrix| is the distance of f."""
     count, size = samples.shape
     centre, scale = samples.mean(axis=0), np.maximum(samples.std(axis=0), _LEAST_SPREAD)
@@ -274,7 +275,7 @@ def _whitening(samples: Float64Array) -> tuple[Float64Array, Float64Array]:
     return centre, np.linalg.cholesky(np.linalg.inv(shrunk)) / scale[:, None]
 
 
-def _distances(samples: Float64Array, centre: Float64Array, matrix: Float64Array) -> Float64Array:
+def distances_from(samples: Float64Array, centre: Float64Array, matrix: Float64Array) -> Float64Array:
     distances: Float64Array = np.linalg.norm((samples - centre) @ matrix, axis=1)
     return distances
 
@@ -284,7 +285,7 @@ def _left_out_distances(samples: Float64Array) -> Float64Array:
     fold = np.arange(len(samples)) % _FOLDS
     distances = np.empty(len(samples))
     for k in range(_FOLDS):
-        distances[fold == k] = _distances(samples[fold == k], *_whitening(samples[fold != k]))
+        distances[fold == k] = distances_from(samples[fold == k], *whitened(samples[fold != k]))
     return distances
 
 
