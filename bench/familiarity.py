@@ -1,27 +1,27 @@
 """How well pictures unlike the training pictures are told from pictures like them, without a network.
 
-    python bench/familiarity.py TRAINING TEST [OTHER ...] [--title TEXT] [--limit N] [--channels N] [--run RUN]
-                                [--out FILE.json] [--markdown FILE.md] [--add]
+    python bench/familiarity.py --case TITLE TRAINING TEST [--case ...] [OTHER ...] [--limit N] [--channels N]
+                                [--run RUN] [--out FILE.json] [--markdown FILE.md]
 
-Fits the reference of `inference/familiarity.py` to the pictures of the folder TRAINING, preprocessed as the original
-recipe does, calibrates it with those of TEST, and shows it the folders OTHER, and of the test pictures versions with
-inverted colours, red and blue exchanged, in gray and blurred, noise, and pictures of one colour.
+Of each case, fits the reference of `inference/familiarity.py` to the pictures of the folder TRAINING, preprocessed as
+the original recipe does, calibrates it with those of TEST, and shows it the folders OTHER (but not its own two), of
+the test pictures versions with inverted colours, red and blue exchanged, in gray and blurred, noise, and pictures of
+one colour. Folders are read once for all cases. --limit: training pictures at most.
 
 auc: the probability that such a picture is further from the training pictures than a test picture is. flagged: share
 that is warned of. The first row is what is flagged for nothing: each half of ten random halvings of TEST is shown to a
 reference calibrated with the other.
 
---run compares with what the trained networks of a run have learned: Mahalanobis distance of the means and deviations
-of all activations of the discriminator that judges these pictures (domain A), and of the encoder of the generator that
-translates them. --add keeps the tables that --out holds of other titles.
+--run compares the first case with what the trained networks of a run have learned, on 50 pictures of each folder at
+most: Mahalanobis distance of the means and deviations of all activations of the discriminator that judges domain A
+(D_B), and of the encoder of the generator that translates it (G_A).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import time
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,19 +42,23 @@ from cyclegan_fast.models.reference import ResnetBlock
 from cyclegan_fast.training.checkpoint import find_checkpoint, read_checkpoint
 
 MADE = 40  # pictures of noise and of one colour
+LEARNED = 50  # pictures of a folder that networks look at
 HALVINGS = 10
 Change = Callable[[Image.Image], Image.Image]
 
 
-def read(folder: Path, channels: int, limit: int | None) -> list[Image.Image]:
-    """The pictures of a folder that can be read, the first `limit`."""
-    pictures = []
-    for path in list_images(folder)[:limit]:
+@functools.cache
+def paths(folder: Path) -> list[Path]:
+    return list_images(folder)
+
+
+def read(folder: Path, channels: int, limit: int | None = None) -> Iterator[Image.Image]:
+    """The pictures of a folder that can be read, of the first `limit`."""
+    for path in paths(folder)[:limit]:
         try:
-            pictures.append(open_photo(path, channels).image)
+            yield open_photo(path, channels).image
         except PhotoError as error:
             print(f"left out: {error}")
-    return pictures
 
 
 def tensor(image: Image.Image) -> Tensor:
@@ -62,9 +66,22 @@ def tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[:, :, None]).permute(2, 0, 1)[None]
 
 
-def described(pictures: Sequence[Image.Image]) -> Features:
+def described(pictures: Iterable[Image.Image]) -> Features:
     found = [features(tensor(picture)) for picture in pictures]
     return {name: np.concatenate([each[name] for each in found]) for name in found[0]}
+
+
+@functools.cache
+def training_features(folder: Path, channels: int, limit: int | None) -> Features:
+    preprocess = Preprocess("resize_and_crop", 286, 256, "bicubic", channels)
+    stored = (np.squeeze(preprocess.apply(picture)) for picture in read(folder, channels, limit))
+    return described(Image.fromarray(pixels) for pixels in stored)
+
+
+@functools.cache
+def folder_features(folder: Path, channels: int, change: Change | None = None) -> Features:
+    pictures = read(folder, channels)
+    return described(pictures if change is None else (change(picture) for picture in pictures))
 
 
 def some(found: Features, chosen: Any) -> Features:
@@ -91,6 +108,7 @@ def false_alarms(training: Features, test: Features) -> float:
     return float(np.mean(flagged))
 
 
+@functools.cache
 def changes(channels: int) -> dict[str, Change]:
     """Ways to make a picture unlike itself, by name."""
     ways: dict[str, Change] = {
@@ -105,19 +123,19 @@ def changes(channels: int) -> dict[str, Change]:
     return ways
 
 
-def made(channels: int) -> dict[str, list[Image.Image]]:
-    """Noise and constant pictures."""
+@functools.cache
+def made(channels: int) -> dict[str, Features]:
+    """Of noise and constant pictures."""
     random = np.random.default_rng(0)
 
-    def pictures(values: Any) -> list[Image.Image]:
-        pixels = np.clip(values, 0, 255).astype(np.uint8)
-        return [Image.fromarray(one if channels > 1 else one[:, :, 0]) for one in pixels]
+    def pictures(values: Any) -> Features:
+        return features(torch.from_numpy(np.clip(values, 0, 255).astype(np.uint8)).permute(0, 3, 1, 2))
 
     constant = random.integers(0, 256, (MADE, 1, 1, channels))
     constant[:3] = np.array([0, 128, 255])[:, None, None, None]
     return {
-        "white noise": pictures(random.integers(0, 256, (MADE, 256, 256, channels))),
-        "gray with faint noise": pictures(128 + 10 * random.standard_normal((MADE, 256, 256, channels))),
+        "white noise": pictures(random.integers(0, 256, (MADE, 128, 128, channels))),
+        "gray with faint noise": pictures(128 + 10 * random.standard_normal((MADE, 128, 128, channels))),
         "one colour (black, gray and white among them)": pictures(np.broadcast_to(constant, (MADE, 64, 64, channels))),
     }
 
@@ -125,7 +143,7 @@ def made(channels: int) -> dict[str, list[Image.Image]]:
 class Learned:
     """Distances by the activations of one of a run's networks of domain A."""
 
-    def __init__(self, run: Path, network: str, training: Sequence[Image.Image]) -> None:
+    def __init__(self, run: Path, network: str, training: Iterable[Image.Image]) -> None:
         content = read_checkpoint(find_checkpoint(run))
         config = from_dict(upgraded(content["config"]))
         self.size, self.step = config.data.load_size, content["position"]["step"]
@@ -137,7 +155,7 @@ class Learned:
         self.whitening = whitened(self.activations(training))
 
     @torch.no_grad()
-    def activations(self, pictures: Sequence[Image.Image]) -> Any:
+    def activations(self, pictures: Iterable[Image.Image]) -> Any:
         rows = []
         for picture in pictures:
             x = tensor(picture.resize((self.size, self.size), Image.Resampling.BICUBIC)).float() / 127.5 - 1
@@ -149,49 +167,51 @@ class Learned:
             rows.append(torch.cat(row, 1).double().numpy())
         return np.concatenate(rows)
 
-    def scores(self, pictures: Sequence[Image.Image]) -> Any:
+    def scores(self, pictures: Iterable[Image.Image]) -> Any:
         return distances_from(self.activations(pictures), *self.whitening)
 
 
-def measured(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The table of one training set."""
+def measured(
+    title: str, own: tuple[Path, Path], others: Sequence[Path], arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """The table of one case; own: the folders of training and test pictures."""
     channels = arguments.channels
-    preprocess = Preprocess("resize_and_crop", 286, 256, "bicubic", channels)
-    training_pictures = [
-        Image.fromarray(np.squeeze(preprocess.apply(picture)))
-        for picture in read(arguments.training, channels, arguments.limit)
-    ]
-    test_pictures = read(arguments.test, channels, None)
-    started = time.perf_counter()
-    training, test = described(training_pictures), described(test_pictures)
-    seconds = (time.perf_counter() - started) / (len(training_pictures) + len(test_pictures))
+    training, test = training_features(own[0], channels, arguments.limit), folder_features(own[1], channels)
     reference = Reference.fit(training, test)
     like = scores(reference, test)
-    learned = {name: Learned(arguments.run, name, training_pictures) for name in ("D_B", "G_A") if arguments.run}
-    like_learned = {name: each.scores(test_pictures) for name, each in learned.items()}
-
-    others = {folder.as_posix(): read(folder, channels, None) for folder in arguments.other}
-    others = {"/".join(Path(name).parts[-2:]): pictures for name, pictures in others.items()}
-    others |= {name: [change(picture) for picture in test_pictures] for name, change in changes(channels).items()}
-    others |= made(channels)
-    rows = [{"pictures": "test, calibrated with the other half", "n": len(like), "auc": None}]
-    rows[0] |= {"flagged": false_alarms(training, test)}
-    for name, pictures in others.items():
-        unlike = scores(reference, described(pictures))
-        row = {"pictures": name, "n": len(pictures), "auc": auc(like, unlike), "flagged": float((unlike > 1).mean())}
-        by = {f"auc {name}": auc(like_learned[name], each.scores(pictures)) for name, each in learned.items()}
-        rows.append(row | by)
+    shown = {name_of(folder): folder_features(folder, channels) for folder in others if folder not in own}
+    shown |= {name: folder_features(own[1], channels, change) for name, change in changes(channels).items()}
+    shown |= made(channels)
+    rows: list[dict[str, Any]] = [{"pictures": "test, calibrated with the other half", "n": len(like), "auc": None}]
+    rows[0]["flagged"] = false_alarms(training, test)
+    for name, found in shown.items():
+        unlike = scores(reference, found)
+        row = {"pictures": name, "n": len(unlike), "auc": auc(like, unlike)}
+        rows.append(row | {"flagged": float((unlike > 1).mean())})
     return {
-        "title": arguments.title or f"{arguments.training.name} of {arguments.training.parent.name}",
-        "command": provenance()["command"],
-        "training": len(training_pictures),
-        "test": len(test_pictures),
+        "title": title,
+        "training": len(training["colours"]),
+        "test": len(like),
         "held_out": reference.held_out,
-        "ms_a_picture": 1e3 * seconds,
         "state_bytes": state_bytes(reference),
-        "learned": f"{arguments.run.name}, step {learned['D_B'].step}" if learned else None,
         "rows": rows,
     }
+
+
+def compare_learned(section: dict[str, Any], own: tuple[Path, Path], others: Sequence[Path], run: Path) -> None:
+    """Add to the rows what two networks of the run make of the folders."""
+    for network in ("D_B", "G_A"):
+        learned = Learned(run, network, read(own[0], 3))
+        section["learned"] = f"{run.name}, step {learned.step}"
+        like = learned.scores(read(own[1], 3, LEARNED))
+        for folder in others:
+            row = next((row for row in section["rows"] if row["pictures"] == name_of(folder)), None)
+            if row is not None:
+                row[f"auc {network}"] = auc(like, learned.scores(read(folder, 3, LEARNED)))
+
+
+def name_of(folder: Path) -> str:
+    return "/".join(folder.parts[-2:])
 
 
 def state_bytes(reference: Reference) -> int:
@@ -206,15 +226,13 @@ def state_bytes(reference: Reference) -> int:
 
 
 def as_lines(section: dict[str, Any]) -> list[str]:
-    by = [name for name in section["rows"][-1] if name.startswith("auc ")]
+    by = sorted({name for row in section["rows"] for name in row if name.startswith("auc ")})
     learned = f" `{'`, `'.join(by)}`: by the networks of {section['learned']}." if by else ""
     lines = [
         f"## Trained on {section['title']}",
         "",
         f"{section['training']} training and {section['test']} test pictures; {section['state_bytes']:,} bytes in a "
-        f"checkpoint; {section['ms_a_picture']:.2g} ms a picture.{learned}",
-        "",
-        f"`{section['command']}`",
+        f"checkpoint.{learned}",
         "",
         f"| {' | '.join(['shown', 'pictures', 'flagged', 'auc', *by])} |",
         "|---" * (4 + len(by)) + "|",
@@ -227,32 +245,29 @@ def as_lines(section: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("training", type=Path)
-    parser.add_argument("test", type=Path)
     parser.add_argument("other", type=Path, nargs="*")
-    parser.add_argument("--title")
+    parser.add_argument("--case", nargs=3, action="append", required=True, metavar=("TITLE", "TRAINING", "TEST"))
     parser.add_argument("--limit", type=int, help="training pictures at most")
     parser.add_argument("--channels", type=int, choices=(1, 3), default=3)
     parser.add_argument("--run", type=Path)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--markdown", type=Path)
-    parser.add_argument("--add", action="store_true")
     arguments = parser.parse_args()
-    section = measured(arguments)
-    kept = []
-    if arguments.add and arguments.out and arguments.out.exists():
-        before = json.loads(arguments.out.read_text(encoding="utf-8"))["sections"]
-        kept = [each for each in before if each["title"] != section["title"]]
-    sections = [*kept, section]
-    content = {"title": "Pictures unlike the training pictures", "provenance": provenance(), "sections": sections}
-    lines = [line for each in sections for line in as_lines(each)]
+    facts, sections = provenance(), []
+    for index, (title, training, test) in enumerate(arguments.case):
+        own = Path(training), Path(test)
+        sections.append(measured(title, own, arguments.other, arguments))
+        if index == 0 and arguments.run:
+            compare_learned(sections[0], own, arguments.other, arguments.run)
+        print("\n".join(as_lines(sections[-1])), flush=True)
+    content = {"title": "Pictures unlike the training pictures", "provenance": facts, "sections": sections}
+    lines = [line for section in sections for line in as_lines(section)]
     explanation = [
-        "`auc`: the probability that such a picture is further from the training pictures than a test picture. "
-        "`flagged`: the share that is warned of; in the first row for nothing.",
+        "`flagged`: the share that is warned of, in the first row for nothing. `auc`: the probability that such a "
+        "picture is further from the training pictures than a test picture.",
         "",
     ]
     write_both(arguments.out, arguments.markdown, content, [*explanation, *lines])
-    print("\n".join(as_lines(section)))
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ class Translator:
     ) -> None:
         self.training_size = training_size
         self.references = dict(references or {})
-        self._warned = False
+        self._told: set[str] = set()  # directions that a warning was given for
         self.device = resolve_device(device)
         self.precision = resolve_precision(precision, self.device)
         self.channels_A, self.channels_B = channels_A, channels_B
@@ -170,7 +170,7 @@ class Translator:
             training_size=self.training_size,
             references=self.references,
         )
-        other._with_codes, other._warned = self._with_codes, self._warned
+        other._with_codes, other._told = self._with_codes, self._told
         return other
 
     def channels(self, direction: str) -> tuple[int, int]:
@@ -338,7 +338,7 @@ class Translator:
     def _warn_once(self, image: str | Path | Image.Image, batch: Tensor, direction: str) -> None:
         """Log the first picture that is unlike the training pictures: as many as there are would be noise."""
         reference = self.references.get(direction[0])
-        if self._warned or reference is None:
+        if self._told or reference is None:
             return
         try:
             found = reference.compare(features(batch))
@@ -346,7 +346,7 @@ class Translator:
             logger.debug("the familiarity of a picture is not known: %s", error)
             return
         if found.unfamiliar:
-            self._warned = True
+            self._told.add(direction)
             name = "a picture" if isinstance(image, Image.Image) else shown(image)
             logger.warning("%s is %s (said once; familiarity() tells of each picture)", name, found)
 
