@@ -291,7 +291,8 @@ class _Batch:
             return
         self.unfamiliar.append((job.source, str(found)))
         skip = self.handling == "skip"
-        logger.warning("%s is %s%s", shown(job.source), found, ": left out" if skip else "")
+        with tqdm.external_write_mode(file=sys.stderr):  # not into the bar
+            logger.warning("%s is %s%s", shown(job.source), found, ": left out" if skip else "")
         if skip:
             raise _SkippedError(job.source, str(found))
 

@@ -339,10 +339,10 @@ def test_styles_keep_it_and_warn_once(reference: Reference, caplog: pytest.LogCa
     assert len(caplog.records) == 1
 
 
-def described(folder: Path) -> Features:
+def described(folder: Path, limit: int = 50) -> Features:
     found = [
         features(torch.from_numpy(np.array(open_photo(path, 3).image)).permute(2, 0, 1)[None])
-        for path in sorted(folder.iterdir())
+        for path in sorted(folder.iterdir())[:limit]
     ]
     return {name: np.concatenate([each[name] for each in found]) for name in ASPECTS}
 
@@ -355,20 +355,20 @@ def share_flagged(reference: Reference, found: Features) -> float:
 
 
 def test_synthetic_flowers() -> None:
-    """With 32 training pictures and 2 x 20 that calibrate one another's warnings."""
-    pictures = np.stack([render_phone(scene(3, index), 24) for index in range(72)])
+    """With 20 training pictures and 2 x 20 that calibrate one another's warnings."""
+    pictures = np.stack([render_phone(scene(3, index), 24) for index in range(60)])
     found = features(torch.from_numpy(pictures).permute(0, 3, 1, 2))
-    training, one, other = ({name: v[a:b] for name, v in found.items()} for a, b in ((0, 32), (32, 52), (52, 72)))
+    training, one, other = ({name: v[a:b] for name, v in found.items()} for a, b in ((0, 20), (20, 40), (40, 60)))
     assert share_flagged(Reference.fit(training, one), other) <= 0.05
     assert share_flagged(Reference.fit(training, other), one) <= 0.05
     reference = Reference.fit(training, one)
-    for far in (255 - pictures[52:], noise(24, 24)[None], smooth(20, 0).permute(0, 2, 3, 1).numpy()):
-        assert share_flagged(reference, features(torch.from_numpy(far).permute(0, 3, 1, 2))) > 0.8
+    for far in (torch.from_numpy(noise(24, 24)).permute(2, 0, 1)[None], smooth(20, 0), smooth(1, 0)[:, :, :1, :1]):
+        assert share_flagged(reference, features(far)) == 1
 
 
 def test_real_photographs(real_photos: Path) -> None:
     folder = real_photos / "facades"
-    reference = Reference.fit(described(folder / "trainA"))
+    reference = Reference.fit(described(folder / "trainA", 100))
     assert share_flagged(reference, described(folder / "testB")) == 1  # label maps
     assert share_flagged(reference, described(folder / "testA")) <= 0.1
     assert share_flagged(reference, described(real_photos / "iphone2dslr_flower" / "testB")) > 0.5
