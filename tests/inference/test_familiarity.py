@@ -19,6 +19,9 @@ from cyclegan_fast.data.photo import open_photo
 from cyclegan_fast.data.synthetic import render_phone, scene
 from cyclegan_fast.errors import InputError
 from cyclegan_fast.inference import translate as translate_module
+from cyclegan_fast.inference.demo.limits import Limits
+from cyclegan_fast.inference.demo.markup import comparison
+from cyclegan_fast.inference.demo.workbench import Workbench
 from cyclegan_fast.inference.familiarity import (
     ASPECTS,
     LEAST_PICTURES,
@@ -328,6 +331,15 @@ def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "1 pictures written" in capsys.readouterr().out
     assert cli.main([*command, str(tmp_path / "quiet"), "--unfamiliar", "ignore"]) == 0
     assert "unlike" not in capsys.readouterr().err
+
+
+def test_the_demo_page_says_so(run: Path, tmp_path: Path) -> None:
+    bench = Workbench(load(run, device="cpu", precision="fp32"), tmp_path, Limits(10_000_000, 1.0))
+    near, far = (
+        bench.translate(saved(bench.uploads / name, 5, name == "far.png"), "AtoB") for name in ("a.png", "far.png")
+    )
+    assert "unlike" not in comparison(near)
+    assert "This photograph is unlike the training pictures: in colours" in comparison(far)
 
 
 def test_styles_keep_it_and_warn_once(reference: Reference, caplog: pytest.LogCaptureFixture) -> None:
