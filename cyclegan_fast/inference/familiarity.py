@@ -155,11 +155,13 @@ class Reference:
             raise ValueError("channels must be 1 to 4, and held_out test or training")
         whitening, bounds = {}, {}
         for name, size in zip(ASPECTS, _sizes(channels), strict=True):
-            part = state.get(name) if isinstance(state.get(name), dict) else {}
+            found = state.get(name)
+            part: dict[str, Any] = found if isinstance(found, dict) else {}
             whitening[name] = _array(part.get("centre"), (size,)), _array(part.get("matrix"), (size, size))
-            bounds[name] = part.get("bound")
-            if type(bounds[name]) is not float or not 0 < bounds[name] < math.inf:
-                raise ValueError(f"the bound of {name} is {bounds[name]!r:.40}, not a positive number")
+            bound = part.get("bound")
+            if not isinstance(bound, float) or not 0 < bound < math.inf:
+                raise ValueError(f"the bound of {name} is {bound!r:.40}, not a positive number")
+            bounds[name] = bound
         scores = state.get("scores")
         if not isinstance(scores, Tensor) or scores.dim() != 1 or not 1 <= len(scores) <= _MOST_SCORES:
             raise ValueError(f"scores must be 1 to {_MOST_SCORES} numbers")
@@ -238,7 +240,8 @@ def _power(planes: Float64Array) -> Float64Array:
     window = np.hanning(_SIDE + 2)[1:-1]
     apart = planes - planes.mean(axis=(2, 3), keepdims=True)
     spectrum = np.fft.rfft2(apart * window[:, None] * window)
-    return (spectrum.real**2 + spectrum.imag**2) / _SIDE**2
+    power: Float64Array = (spectrum.real**2 + spectrum.imag**2) / _SIDE**2
+    return power
 
 
 def _rings(power: Float64Array, cells: Float64Array) -> Float64Array:
