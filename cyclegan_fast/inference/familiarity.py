@@ -246,7 +246,8 @@ def _power(planes: Float64Array) -> Float64Array:
 
 def _rings(power: Float64Array, cells: Float64Array) -> Float64Array:
     """Log mean power of each plane in each of the cells [K, S (S / 2 + 1)]: [N, P K]."""
-    return np.log(power.reshape(*power.shape[:2], -1) @ cells.T + _NOISE_POWER).reshape(len(power), -1)
+    logs: Float64Array = np.log(power.reshape(*power.shape[:2], -1) @ cells.T + _NOISE_POWER)
+    return logs.reshape(len(power), -1)
 
 
 @functools.cache
