@@ -136,6 +136,12 @@ def _add_translate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         default="auto",
         help="averaged weights (see training.ema) or those of the last step; default: averaged if there are any",
     )
+    translate.add_argument(
+        "--unfamiliar",
+        choices=("warn", "skip", "ignore"),
+        default="warn",
+        help="of pictures unlike the training pictures: say so, leave them out, or do not look (default warn)",
+    )
     _add_size_options(translate)
     _add_execution_options(translate)
     translate.set_defaults(run=_translate)
@@ -455,6 +461,7 @@ def _translate(arguments: argparse.Namespace) -> int:
         scale=_scale(arguments.scale),
         tile=arguments.tile,
         max_memory=max_memory,
+        unfamiliar=arguments.unfamiliar,
     )
     print(f"{len(result.done)} pictures written to {arguments.out}")
     for path, reason in result.failed:

@@ -65,6 +65,7 @@ ALLOWED = {
     },
     "training.experiment": {"config", "data.loader", "training.checkpoint"},
     "training.state": {"training.checkpoint", "training.ema", "training.image_pool", "training.step"},
+    "training.familiar": {"data.folder", "data.loader", "data.photo", "data.store", "inference.familiarity"},
     "training.health": {
         *("data.loader", "distributed"),
         *(f"training.{name}" for name in ("checkpoint", "experiment", "monitor", "state")),
@@ -108,7 +109,7 @@ ALLOWED = {
     "training.trainer": {
         *("config", "data.loader", "device", "distributed", "errors", "evaluation.figures", "models", "version"),
         "inference.weights",  # a run that starts from weights of others
-        *(f"training.{name}" for name in ("best", "build", "checkpoint", "elastic", "ema", "experiment", "graph")),
+        *(f"training.{name}" for name in ("best", "build", "checkpoint", "elastic", "ema", "experiment", "familiar", "graph")),
         *(
             f"training.{name}"
             for name in ("health", "image_pool", "measures", "monitor", "process", "replicas", "run_folder")

@@ -75,12 +75,18 @@ class Plan(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Everything a training run reads: the loader, fixed samples [1, C, h, w] of each domain, and the scans."""
+    """Everything a training run reads: the loader, fixed samples [1, C, h, w] of each domain, and the scans.
+
+    stores: the training pictures of A and of B; held_out: the pictures of testA and testB that are used, none where
+    there is no such split, and how they are read.
+    """
 
     loader: PairLoader
     samples_A: list[Tensor]
     samples_B: list[Tensor]
     scans: dict[str, Scan]
+    stores: tuple[Store, Store]
+    held_out: tuple[tuple[tuple[Entry, ...], Preprocess], tuple[tuple[Entry, ...], Preprocess]]
 
 
 class PairLoader:
@@ -338,7 +344,11 @@ def _open_training_data(
         device=device,
         resident=data.resident,
     )
-    return TrainingData(loader, samples_A, samples_B, scans)
+    held_out_A, held_out_B = (
+        (_sample_entries(domain, scans, config) if f"test{domain}" in scans else (), preprocess)
+        for domain, preprocess in (("A", preprocess_A), ("B", preprocess_B))
+    )
+    return TrainingData(loader, samples_A, samples_B, scans, (store_A, store_B), (held_out_A, held_out_B))
 
 
 def _open_domain(domain: str, preprocess: Preprocess, scans: dict[str, Scan], config: Config, progress: bool) -> Store:

@@ -125,12 +125,17 @@ class Preprocess:
             return self.load_size, round(width * self.load_size / height)
         raise ValueError(f"data.preprocess = {self.mode!r} is not a known mode")
 
+    def part(self, image: Image.Image) -> Image.Image:
+        """What of the picture is this domain's: all of it, or the half."""
+        if not self.half:
+            return image
+        width = max(image.width // 2, 1)  # of an odd width, the middle column belongs to neither
+        left = 0 if self.half == "left" else image.width - width
+        return image.crop((left, 0, left + width, image.height))
+
     def apply(self, image: Image.Image) -> UInt8Array:
         """The picture as stored: uint8 [H, W, C], resized as `size` says. Raises ValueError for an unknown mode."""
-        if self.half:
-            width = max(image.width // 2, 1)  # of an odd width, the middle column belongs to neither
-            left = 0 if self.half == "left" else image.width - width
-            image = image.crop((left, 0, left + width, image.height))
+        image = self.part(image)
         height, width = self._resized(*image.size)
         if (width, height) != image.size:
             if self.resample == "bilinear_tf":

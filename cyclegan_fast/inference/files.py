@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from cyclegan_fast.data.photo import (
     read_header,
     save_photo,
 )
-from cyclegan_fast.errors import InputError
+from cyclegan_fast.errors import InputError, shown
 from cyclegan_fast.inference.memory import available_memory
 from cyclegan_fast.inference.paths import FORMATS, Job, collect, output_name, plan_jobs
 from cyclegan_fast.inference.pipeline import pipelined
@@ -34,7 +34,7 @@ from cyclegan_fast.inference.tiles import band_bar
 from cyclegan_fast.inference.translate import Execution, Translator
 from cyclegan_fast.machine import usable_cores
 
-__all__ = ["Result", "translate_files"]
+__all__ = ["UNFAMILIAR", "Result", "translate_files"]
 
 logger = logging.getLogger("cyclegan_fast.translate")
 
@@ -42,6 +42,9 @@ logger = logging.getLogger("cyclegan_fast.translate")
 _BYTES_A_PIXEL = {8: 20, 16: 48}
 _MOST_AHEAD = 4_000_000_000
 _LEAST_AHEAD = 300_000_000
+
+# What may be done with pictures unlike the training pictures.
+UNFAMILIAR = ("warn", "skip", "ignore")
 
 
 @dataclass(frozen=True)
@@ -83,10 +86,13 @@ class Output:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a batch of files: those written, and inputs that failed with the reason."""
+    """What became of a batch of files: those written, inputs that failed with the reason, and those of either, or of
+    neither where they are skipped, that are unlike the training pictures, with how much.
+    """  # fmt: skip
 
     done: list[Path]
     failed: list[tuple[Path, str]]
+    unfamiliar: list[tuple[Path, str]] = field(default_factory=list)
 
 
 def translate_files(
@@ -109,6 +115,7 @@ def translate_files(
     scale: int | str | None = None,
     tile: int | None = None,
     max_memory: int | None = None,
+    unfamiliar: str = "warn",
     progress: bool = True,
 ) -> Result:
     """Translate photographs from files to files of the same size, with their metadata.
@@ -126,19 +133,23 @@ def translate_files(
     by a network for colour gray again (its luma), ``model`` leaves what colours the network gave it. ``keep_times``:
     the file gets the input's times of access and change.
 
+    ``unfamiliar``: of a picture unlike the training pictures (``Translator.familiarity``) ``warn`` logs a line,
+    ``skip`` does so and leaves it out, which counts as no failure, and ``ignore`` does not look.
+
     A file that fails does not stop the others. Refused for their file alone are also an output that exists (without
     ``overwrite``), one that another input writes already, one that is itself among the inputs, and one that a link
     would lead out of ``out_dir``. Links to folders are not followed below folders and by ``**``. Once the disk is
     full, no more are begun. Pictures are decoded and encoded while the network runs, in order, in bounded memory; an
     interruption leaves no file half-written.
 
-    Raises InputError for a wrong direction, format, suffix, size or way to write, for no inputs at all, and when
-    ``out_dir`` cannot be created.
+    Raises InputError for a wrong direction, format, suffix, size or way to write, for no inputs at all, when
+    ``out_dir`` cannot be created, and for ``skip`` with a model that does not know its training pictures.
     """
     translator.channels(direction)
     execution = Execution(scale, tile, max_memory)
     translator.short_side(scale)
     _check_options(inputs, suffix, format)
+    _check_unfamiliar(unfamiliar, translator, direction)
     output = Output(quality, chroma, lossless, depth, profile, gray, keep_times)
     out = Path(out_dir)
     try:
@@ -150,7 +161,7 @@ def translate_files(
     jobs, refused = plan_jobs(found, out, lambda name: output_name(name, suffix, format, alpha), overwrite)
     result = Result([], failed + refused)
     with tqdm(total=len(jobs), unit="picture", file=sys.stderr, disable=not progress, dynamic_ncols=True) as bar:
-        batch = _Batch(translator, direction, truncate, execution, progress, output)
+        batch = _Batch(translator, direction, truncate, execution, progress, output, unfamiliar)
         readers, writers = _threads(translator.device)
         settled = pipelined(
             jobs, batch.read, batch.translate, batch.save,
@@ -159,11 +170,16 @@ def translate_files(
         for job, failure in settled:
             if failure is None:
                 result.done.append(job.target)
-            else:
+            elif not isinstance(failure, _SkippedError):
                 result.failed.append((job.source, _reason(failure)))
             bar.update()
+    result.unfamiliar.extend(batch.unfamiliar)
     batch.report()
     return result
+
+
+class _SkippedError(PhotoError):
+    """A picture that is left out for being unlike the training pictures."""
 
 
 class _Batch:
@@ -177,9 +193,12 @@ class _Batch:
         execution: Execution,
         progress: bool,
         output: Output,
+        unfamiliar: str,
     ) -> None:
         self.translator, self.direction, self.truncate, self.output = translator, direction, truncate, output
-        self.execution, self.progress = execution, progress
+        self.execution, self.progress, self.handling = execution, progress, unfamiliar
+        self.looked_at = 0
+        self.unfamiliar: list[tuple[Path, str]] = []
         self.channels = translator.channels(direction)[0]
         self.disk_is_full = False
         self.kept_gray, self.coarse = 0, 0
@@ -197,6 +216,7 @@ class _Batch:
 
     def translate(self, job: Job, original: Original) -> Pixels:
         self._refuse_when_full(job)
+        self._look_at(job, original)
         how = self.execution
         with band_bar(job.source.name, shown=self.progress) as step:
             pixels = self.translator.translate(
@@ -239,6 +259,15 @@ class _Batch:
 
     def report(self) -> None:
         """What may surprise, in a line each."""
+        if self.unfamiliar:
+            logger.warning(
+                "%d of %d pictures are unlike the training pictures: %s",
+                len(self.unfamiliar),
+                self.looked_at,
+                "they were left out (unfamiliar=skip)"
+                if self.handling == "skip"
+                else "look at them before you use them (unfamiliar=skip leaves such out, ignore says nothing)",
+            )
         if self.kept_gray:
             logger.info("%d gray pictures were kept gray; gray=model keeps the network's colours", self.kept_gray)
         if self.coarse:
@@ -247,6 +276,25 @@ class _Batch:
                 self.coarse,
                 self.translator.precision,
             )
+
+    def _look_at(self, job: Job, original: Original) -> None:
+        """Note a picture unlike the training pictures. Raises _SkippedError where such are left out."""
+        if self.handling == "ignore":
+            return
+        try:
+            found = self.translator.familiarity(original.pixels, self.direction)
+        except (MemoryError, RuntimeError) as error:  # no translation fails of it
+            logger.debug("%s: its familiarity is not known: %s", job.source, error)
+            return
+        self.looked_at += found is not None
+        if found is None or not found.unfamiliar:
+            return
+        self.unfamiliar.append((job.source, str(found)))
+        skip = self.handling == "skip"
+        with tqdm.external_write_mode(file=sys.stderr):  # not into the bar
+            logger.warning("%s is %s%s", shown(job.source), found, ": left out" if skip else "")
+        if skip:
+            raise _SkippedError(job.source, str(found))
 
     def _bits(self, job: Job, original: Original) -> int:
         """Bits a channel of the output."""
@@ -276,6 +324,16 @@ def _bytes_ahead() -> int:
 
 def _reason(error: Exception) -> str:
     return error.reason if isinstance(error, PhotoError) else str(error) or type(error).__name__
+
+
+def _check_unfamiliar(unfamiliar: str, translator: Translator, direction: str) -> None:
+    if unfamiliar not in UNFAMILIAR:
+        raise InputError(f"unfamiliar = {unfamiliar!r} is not allowed: one of {', '.join(UNFAMILIAR)}")
+    if unfamiliar == "skip" and direction[0] not in translator.references:
+        raise InputError(
+            f"unfamiliar = 'skip' is not possible: the checkpoint does not say what its training pictures "
+            f"{direction[0]} are like (weights of others, an older checkpoint, or too few pictures); use warn or ignore"
+        )
 
 
 def _check_options(inputs: Sequence[str | Path], suffix: str, file_format: str | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 from cyclegan_fast.config import ConfigError, ModelConfig, from_dict, upgraded
 from cyclegan_fast.device import arithmetic, resolve_device, resolve_precision
-from cyclegan_fast.errors import InputError
+from cyclegan_fast.errors import InputError, shown
+from cyclegan_fast.inference.familiarity import Familiarity, Reference, features, thinned
 from cyclegan_fast.inference.memory import available_memory, is_out_of_memory
 from cyclegan_fast.inference.pictures import PictureLike, Pixels, as_batch
 from cyclegan_fast.inference.tiles import (
@@ -37,6 +39,8 @@ from cyclegan_fast.training.ema import select
 from cyclegan_fast.training.latents import latent_draws
 
 __all__ = ["DIRECTIONS", "Execution", "TranslationError", "Translator", "load"]
+
+logger = logging.getLogger("cyclegan_fast.translate")
 
 DIRECTIONS = ("AtoB", "BtoA")
 
@@ -79,6 +83,8 @@ class Translator:
     ``auto`` computes in bf16 (fp32 weights, autocast) where the hardware multiplies in it. ``training_size`` is the
     short side of the pictures that they were trained on, None where pictures of any size were.
 
+    ``references``: what the training pictures of A and of B are like, where that is known: see ``familiarity``.
+
     Generators that take a latent code beside the picture (`StyledGenerator`, of Augmented CycleGAN) have theirs fixed:
     ``styled`` gives them another.
     """
@@ -93,8 +99,11 @@ class Translator:
         device: str = "auto",
         precision: str = "auto",
         training_size: int | None = None,
+        references: Mapping[str, Reference] | None = None,
     ) -> None:
         self.training_size = training_size
+        self.references = dict(references or {})
+        self._told: set[str] = set()  # directions that a warning was given for
         self.device = resolve_device(device)
         self.precision = resolve_precision(precision, self.device)
         self.channels_A, self.channels_B = channels_A, channels_B
@@ -137,7 +146,9 @@ class Translator:
         G_A, G_B = (_generator(model, content, name, file) for name in ("G_A", "G_B"))
         A, B = model.channels_A, model.channels_B
         size = None if config.data.preprocess in ("crop", "none") else config.data.load_size
-        return cls(G_A, G_B, channels_A=A, channels_B=B, device=device, precision=precision, training_size=size)
+        options: dict[str, Any] = {"device": device, "precision": precision, "training_size": size}
+        references = _references(content.get("familiarity", {}), {"A": A, "B": B}, file)
+        return cls(G_A, G_B, channels_A=A, channels_B=B, references=references, **options)
 
     def styled(self, seed: int) -> Translator:
         """The translator with the random latent codes of a seed, an integer >= 0; a new one's are those of seed 0.
@@ -157,8 +168,9 @@ class Translator:
             device=str(self.device),
             precision=self.precision,
             training_size=self.training_size,
+            references=self.references,
         )
-        other._with_codes = self._with_codes
+        other._with_codes, other._told = self._with_codes, self._told
         return other
 
     def channels(self, direction: str) -> tuple[int, int]:
@@ -242,6 +254,9 @@ class Translator:
         return to full size with the picture's own detail (``inference.upsample``); smaller pictures are left as
         they are. A network knows flowers of the size it was trained on: docs/full_size.md.
 
+        The first path or PIL image that is unlike the training pictures is logged as a warning, later ones are not:
+        ``familiarity`` tells of any picture.
+
         Raises PhotoError for a file that cannot be used, ValueError for a wrong shape, dtype, mode, direction or
         option, and TranslationError when memory runs out (naming the size) or the result is not finite.
         """
@@ -263,6 +278,19 @@ class Translator:
         if self._with_codes is not None:
             raise InputError("generators with latent codes translate one way; there and back needs their encoders too")
         return self._run(image, direction, 2, False, Execution())
+
+    def familiarity(self, image: PictureLike, direction: str = "AtoB") -> Familiarity | None:
+        """How like the training pictures of a direction's input a picture is; of a batch, the least familiar one.
+
+        None where that is not known: of weights of others, of older checkpoints, and of fewer than 20 training
+        pictures. ``unfamiliar`` of the result says whether a translation is likely to be bad, as far as colours and
+        structure tell (docs/familiarity.md). ``image`` is as for ``translate``, which says what is raised.
+        """
+        channels, reference = self.channels(direction)[0], self.references.get(direction[0])
+        if reference is None:
+            return None
+        batch, _ = as_batch(thinned(image) if isinstance(image, np.ndarray) else image, channels, False)
+        return reference.compare(features(batch))
 
     def short_side(self, scale: int | str | None) -> int | None:
         """The short side, in pixels, at which ``scale`` translates; None for full size.
@@ -288,6 +316,8 @@ class Translator:
         channels = self.channels(direction)
         short_side = self.short_side(execution.scale)
         batch, restore = as_batch(image, channels[0], truncate)
+        if isinstance(image, (str, Path, Image.Image)):
+            self._warn_once(image, batch, direction)
         networks = (self.G_A, self.G_B) if direction == "AtoB" else (self.G_B, self.G_A)
         height, width = batch.shape[2:]
         x, outputs = batch, []
@@ -304,6 +334,21 @@ class Translator:
                 "use precision fp32, and if that gives the same, an earlier checkpoint"
             )
         return tuple(restore(output) for output in outputs)
+
+    def _warn_once(self, image: str | Path | Image.Image, batch: Tensor, direction: str) -> None:
+        """Log the first picture that is unlike the training pictures: as many as there are would be noise."""
+        reference = self.references.get(direction[0])
+        if self._told or reference is None:
+            return
+        try:
+            found = reference.compare(features(batch))
+        except (MemoryError, RuntimeError) as error:  # no translation fails of it
+            logger.debug("the familiarity of a picture is not known: %s", error)
+            return
+        if found.unfamiliar:
+            self._told.add(direction)
+            name = "a picture" if isinstance(image, Image.Image) else shown(image)
+            logger.warning("%s is %s (said once; familiarity() tells of each picture)", name, found)
 
     def _full_size(self, network: nn.Module, batch: Tensor, execution: Execution) -> Tensor:
         """One network over uint8 or floating-point [N, C, H, W]: float32, whole if that fits and else in bands."""
@@ -410,6 +455,20 @@ def _generator(model: ModelConfig, content: Mapping[str, Any], name: str, file: 
     except RuntimeError as error:
         raise CheckpointError(f"{file}: the weights of {name} do not fit its configuration: {error}") from error
     return generator
+
+
+def _references(states: Mapping[str, Any], channels: Mapping[str, int], file: Path) -> dict[str, Reference]:
+    """What a checkpoint holds of its training pictures, by domain; what cannot be used is left out with a warning."""
+    found = {}
+    for domain in channels.keys() & states.keys():
+        try:
+            reference = Reference.from_state(states[domain])
+            if reference.channels != channels[domain]:
+                raise ValueError(f"it is of pictures with {reference.channels} channels, not {channels[domain]}")
+            found[domain] = reference
+        except ValueError as error:
+            logger.warning("%s: what its training pictures %s are like is not known: %s", file, domain, error)
+    return found
 
 
 def _code(generator: StyledGenerator, seed: int, domain: int) -> Tensor:

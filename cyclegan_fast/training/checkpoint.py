@@ -362,6 +362,7 @@ _PARTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "since_best": (lambda value: _is_number(value, 0, int), "a number of measurements"),
     "history": (_is_history, "names and as many scalars a step"),
     "data": (_is_digest, "count_A, count_B and names of the pictures, and as many hashes of their files"),
+    "familiarity": (_is_settings, "what was measured of the training pictures, by domain"),
     "provenance": (_is_settings, "a dictionary of words by name"),
 }
 

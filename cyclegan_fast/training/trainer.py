@@ -34,6 +34,7 @@ from cyclegan_fast.training import elastic, experiment, run_folder
 from cyclegan_fast.training.best import Best
 from cyclegan_fast.training.build import build_networks, build_samples, build_state, executed, resolved_impl
 from cyclegan_fast.training.ema import averaged, preferred
+from cyclegan_fast.training.familiar import references
 from cyclegan_fast.training.graph import (
     WARMUP,
     CudaRecorder,
@@ -140,12 +141,16 @@ class Trainer:
         self._health = Health(self.run_dir, self.run_state, self.history, self.data.loader, self._content)
         self.step = 0
         self.best = Best(config)
+        self._familiarity: dict[str, Any] = {}  # of rank 0, which writes the checkpoints
         self._monitor: Monitor | None = None
         self._lr = config.training.lr
         if found is not None:
             self._load(*found)
         if distributed.is_main():
             run_folder.write_config(config)
+        with distributed.main_first():
+            if distributed.is_main():
+                self._familiarity = references(self.data, found[1].get("familiarity") if found else None)
         distributed.broadcast_parameters(self.modules.values())
         self._replicas.check(self.step)
         self._draws = Packed(draw_fields(*self._counts, self._latent), device)
@@ -384,6 +389,7 @@ class Trainer:
             **self.best.state_dict(),
             "history": self.history.state_dict(),
             "data": self._digest,
+            "familiarity": self._familiarity,
             "provenance": {
                 "version": __version__,
                 "torch": str(torch.__version__),

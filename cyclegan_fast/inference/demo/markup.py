@@ -33,8 +33,9 @@ def comparison(translated: Translated) -> str:
     result = translated.files["result"]
     size = result.stat().st_size / 1e6
     name = html.escape(translated.name)
+    doubt = f".<br>This photograph is {html.escape(translated.unfamiliar)}." if translated.unfamiliar else ""
     caption = f"""<p class="cf-caption" role="status"><strong>{name}</strong> {LABELS[translated.direction]},
-{translated.width} × {translated.height} pixels, translated in {translated.seconds:.1f} s</p>"""
+{translated.width} × {translated.height} pixels, translated in {translated.seconds:.1f} s{doubt}</p>"""
     download = f"""<a class="cf-button cf-download" href="{base}/result" download="{html.escape(result.name)}">Download
  ({html.escape(result.suffix[1:].upper())}, {size:.1f} MB)</a>"""
     return compare.comparison(

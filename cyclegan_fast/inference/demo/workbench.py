@@ -37,7 +37,10 @@ def _silent(share: float, words: str) -> None:
 
 @dataclass(frozen=True)
 class Translated:
-    """One translation: names, size in pixels, and the three files of PICTURES, in a folder that is theirs alone."""
+    """One translation: names, size in pixels, and the three files of PICTURES, in a folder that is theirs alone.
+
+    unfamiliar: in what the photograph is unlike the training pictures, empty where it is not.
+    """
 
     token: str
     name: str
@@ -46,6 +49,7 @@ class Translated:
     height: int
     seconds: float
     files: dict[str, Path]
+    unfamiliar: str = ""
 
 
 class Workbench:
@@ -120,7 +124,8 @@ class Workbench:
             after = folder / "after.jpg"
             save_photo(open_photo(result).image, after, quality=_VIEW_QUALITY)
         files = {"before": before, "after": after, "result": result}
-        return Translated(token, upload.name, direction, width, height, seconds, files)
+        unfamiliar = "".join(how for _, how in outcome.unfamiliar)
+        return Translated(token, upload.name, direction, width, height, seconds, files, unfamiliar)
 
     def _checked_size(self, upload: Path) -> tuple[int, int]:
         """Width and height by the header, before memory is taken for pixels."""
