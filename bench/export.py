@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import statistics
 import tempfile
 import time
@@ -70,12 +71,15 @@ def measure(folder: Path, ngf: int, side: int, rounds: int) -> list[dict[str, An
     image = torch.rand(1, 3, side, side) * 2 - 1
     rows: list[dict[str, Any]] = [{"name": "Translator, fp32, this package", "mb": None, "error": None}]
     runs: list[Callable[[], object]] = [lambda: translator.translate(image)]
-    for file_format in ("onnx", "pt2"):
+    engines = {"onnx": "ONNX Runtime", "pt2": "torch.export program"}
+    if importlib.util.find_spec("executorch") is not None:
+        engines["pte"] = "ExecuTorch"
+    for file_format, engine in engines.items():
         for precision in PRECISIONS:
             if (file_format, precision) == ("pt2", "fp16"):
                 continue  # for GPUs: a CPU without fp16 arithmetic takes seconds
-            made = export(translator, folder / f"{precision}.{file_format}", precision=precision)
-            engine = {"onnx": "ONNX Runtime", "pt2": "torch.export program"}[file_format]
+            size = (side, side) if file_format == "pte" else None
+            made = export(translator, folder / f"{precision}.{file_format}", precision=precision, size=size)
             rows.append({"name": f"{engine}, {precision}", "mb": made.size / 1e6, "error": max(made.errors.values())})
             runs.append(runner(made.path, image))
     seconds: list[list[float]] = [[] for _ in runs]
@@ -102,6 +106,11 @@ def runner(path: Path, image: torch.Tensor) -> Callable[[], object]:
         options.intra_op_num_threads = torch.get_num_threads()
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         return lambda: session.run(None, {"image": image.numpy()})
+    if path.suffix == ".pte":
+        from executorch.runtime import Runtime
+
+        method = Runtime.get().load_program(str(path)).load_method("forward")
+        return lambda: method.execute([image])
     module = torch.export.load(path).module()
 
     def run() -> object:
