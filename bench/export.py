@@ -23,7 +23,7 @@ from cyclegan_fast.inference.translate import Translator
 from cyclegan_fast.models import ResnetGenerator
 
 _EXPLANATION = (
-    "A generator of 9 blocks with random weights, one picture, on the CPU. Medians of rounds in which the contestants "
+    "A generator with random weights, one picture, on the CPU. Medians of rounds in which the contestants "
     "take turns; CPU ms: of all threads, which other programs on the same cores change little. Largest error: against "
     "the generator's own fp32 execution, in [-1, 1], where a level of 8 bits is 0.0078, at the sizes that the export "
     "checks."
@@ -34,14 +34,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--ngf", type=int, default=64)
+    parser.add_argument("--blocks", type=int, default=9)
     parser.add_argument("--side", type=int, default=256)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
     began = provenance()
     with tempfile.TemporaryDirectory() as folder:
-        rows = measure(Path(folder), options.ngf, options.side, options.rounds)
-    task = f"{options.ngf} filters, {options.side}x{options.side}, batch 1."
+        rows = measure(Path(folder), options.ngf, options.blocks, options.side, options.rounds)
+    task = f"{options.ngf} filters, {options.blocks} blocks, {options.side}x{options.side}, batch 1."
     lines = [
         f"{_EXPLANATION} {task}",
         "",
@@ -63,10 +64,10 @@ def main() -> None:
     print("\n".join(lines))
 
 
-def measure(folder: Path, ngf: int, side: int, rounds: int) -> list[dict[str, Any]]:
+def measure(folder: Path, ngf: int, blocks: int, side: int, rounds: int) -> list[dict[str, Any]]:
     """Export in every format and precision, then time all of them in turns."""
     torch.manual_seed(0)
-    generators = [ResnetGenerator(ngf=ngf) for _ in "AB"]
+    generators = [ResnetGenerator(ngf=ngf, blocks=blocks) for _ in "AB"]
     translator = Translator(*generators, device="cpu", precision="fp32")
     image = torch.rand(1, 3, side, side) * 2 - 1
     rows: list[dict[str, Any]] = [{"name": "Translator, fp32, this package", "mb": None, "error": None}]
