@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import statistics
 import tempfile
 import time
@@ -33,6 +32,7 @@ _EXPLANATION = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--formats", default="onnx,pt2", help="comma-separated: onnx, pt2, pte (default: onnx,pt2)")
     parser.add_argument("--ngf", type=int, default=64)
     parser.add_argument("--blocks", type=int, default=9)
     parser.add_argument("--side", type=int, default=256)
@@ -41,7 +41,9 @@ def main() -> None:
     options = parser.parse_args()
     began = provenance()
     with tempfile.TemporaryDirectory() as folder:
-        rows = measure(Path(folder), options.ngf, options.blocks, options.side, options.rounds)
+        rows = measure(
+            Path(folder), options.formats.split(","), options.ngf, options.blocks, options.side, options.rounds
+        )
     task = f"{options.ngf} filters, {options.blocks} blocks, {options.side}x{options.side}, batch 1."
     lines = [
         f"{_EXPLANATION} {task}",
@@ -64,7 +66,7 @@ def main() -> None:
     print("\n".join(lines))
 
 
-def measure(folder: Path, ngf: int, blocks: int, side: int, rounds: int) -> list[dict[str, Any]]:
+def measure(folder: Path, formats: list[str], ngf: int, blocks: int, side: int, rounds: int) -> list[dict[str, Any]]:
     """Export in every format and precision, then time all of them in turns."""
     torch.manual_seed(0)
     generators = [ResnetGenerator(ngf=ngf, blocks=blocks) for _ in "AB"]
@@ -72,16 +74,15 @@ def measure(folder: Path, ngf: int, blocks: int, side: int, rounds: int) -> list
     image = torch.rand(1, 3, side, side) * 2 - 1
     rows: list[dict[str, Any]] = [{"name": "Translator, fp32, this package", "mb": None, "error": None}]
     runs: list[Callable[[], object]] = [lambda: translator.translate(image)]
-    engines = {"onnx": "ONNX Runtime", "pt2": "torch.export program"}
-    if importlib.util.find_spec("executorch") is not None:
-        engines["pte"] = "ExecuTorch"
-    for file_format, engine in engines.items():
+    engines = {"onnx": "ONNX Runtime", "pt2": "torch.export program", "pte": "ExecuTorch"}
+    for file_format in formats:
         for precision in PRECISIONS:
             if (file_format, precision) == ("pt2", "fp16"):
                 continue  # for GPUs: a CPU without fp16 arithmetic takes seconds
             size = (side, side) if file_format == "pte" else None
             made = export(translator, folder / f"{precision}.{file_format}", precision=precision, size=size)
-            rows.append({"name": f"{engine}, {precision}", "mb": made.size / 1e6, "error": max(made.errors.values())})
+            name = f"{engines[file_format]}, {precision}"
+            rows.append({"name": name, "mb": made.size / 1e6, "error": max(made.errors.values())})
             runs.append(runner(made.path, image))
     seconds: list[list[float]] = [[] for _ in runs]
     cpu: list[list[float]] = [[] for _ in runs]
