@@ -43,7 +43,7 @@ demo: setup
 
 test: setup
 	$(BIN)/python setup.py --quiet build_ext --inplace  # the native operations, where they can be built
-	$(BIN)/python -m pytest -n 2 tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests
 
 # The demo page in a headless Chromium, which must be there, in an environment of its own: Gradio wants an older Pillow.
 demo-page-test:

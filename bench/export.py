@@ -22,7 +22,7 @@ from cyclegan_fast.inference.translate import Translator
 from cyclegan_fast.models import ResnetGenerator
 
 _EXPLANATION = (
-    "A generator of 9 blocks with random weights, one picture, on the CPU. Medians of rounds in which the contestants "
+    "A generator with random weights, one picture, on the CPU. Medians of rounds in which the contestants "
     "take turns; CPU ms: of all threads, which other programs on the same cores change little. Largest error: against "
     "the generator's own fp32 execution, in [-1, 1], where a level of 8 bits is 0.0078, at the sizes that the export "
     "checks."
@@ -32,15 +32,19 @@ _EXPLANATION = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--formats", default="onnx,pt2", help="comma-separated: onnx, pt2, pte (default: onnx,pt2)")
     parser.add_argument("--ngf", type=int, default=64)
+    parser.add_argument("--blocks", type=int, default=9)
     parser.add_argument("--side", type=int, default=256)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
     began = provenance()
     with tempfile.TemporaryDirectory() as folder:
-        rows = measure(Path(folder), options.ngf, options.side, options.rounds)
-    task = f"{options.ngf} filters, {options.side}x{options.side}, batch 1."
+        rows = measure(
+            Path(folder), options.formats.split(","), options.ngf, options.blocks, options.side, options.rounds
+        )
+    task = f"{options.ngf} filters, {options.blocks} blocks, {options.side}x{options.side}, batch 1."
     lines = [
         f"{_EXPLANATION} {task}",
         "",
@@ -62,21 +66,23 @@ def main() -> None:
     print("\n".join(lines))
 
 
-def measure(folder: Path, ngf: int, side: int, rounds: int) -> list[dict[str, Any]]:
+def measure(folder: Path, formats: list[str], ngf: int, blocks: int, side: int, rounds: int) -> list[dict[str, Any]]:
     """Export in every format and precision, then time all of them in turns."""
     torch.manual_seed(0)
-    generators = [ResnetGenerator(ngf=ngf) for _ in "AB"]
+    generators = [ResnetGenerator(ngf=ngf, blocks=blocks) for _ in "AB"]
     translator = Translator(*generators, device="cpu", precision="fp32")
     image = torch.rand(1, 3, side, side) * 2 - 1
     rows: list[dict[str, Any]] = [{"name": "Translator, fp32, this package", "mb": None, "error": None}]
     runs: list[Callable[[], object]] = [lambda: translator.translate(image)]
-    for file_format in ("onnx", "pt2"):
+    engines = {"onnx": "ONNX Runtime", "pt2": "torch.export program", "pte": "ExecuTorch"}
+    for file_format in formats:
         for precision in PRECISIONS:
             if (file_format, precision) == ("pt2", "fp16"):
                 continue  # for GPUs: a CPU without fp16 arithmetic takes seconds
-            made = export(translator, folder / f"{precision}.{file_format}", precision=precision)
-            engine = {"onnx": "ONNX Runtime", "pt2": "torch.export program"}[file_format]
-            rows.append({"name": f"{engine}, {precision}", "mb": made.size / 1e6, "error": max(made.errors.values())})
+            size = (side, side) if file_format == "pte" else None
+            made = export(translator, folder / f"{precision}.{file_format}", precision=precision, size=size)
+            name = f"{engines[file_format]}, {precision}"
+            rows.append({"name": name, "mb": made.size / 1e6, "error": max(made.errors.values())})
             runs.append(runner(made.path, image))
     seconds: list[list[float]] = [[] for _ in runs]
     cpu: list[list[float]] = [[] for _ in runs]
@@ -102,6 +108,11 @@ def runner(path: Path, image: torch.Tensor) -> Callable[[], object]:
         options.intra_op_num_threads = torch.get_num_threads()
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         return lambda: session.run(None, {"image": image.numpy()})
+    if path.suffix == ".pte":
+        from executorch.runtime import Runtime
+
+        method = Runtime.get().load_program(str(path)).load_method("forward")
+        return lambda: method.execute([image])
     module = torch.export.load(path).module()
 
     def run() -> object:

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -38,6 +38,7 @@ _LONG = 2.0
 _GIB = 2.0**30
 # Memory that a contestant on a GPU may keep cached while others work.
 _KEPT = 4 << 30
+START_METHOD: Literal["spawn", "forkserver"] = "spawn"  # of the processes, which begin with nothing of this one
 
 
 class NotHereError(Exception):
@@ -203,7 +204,7 @@ class _Worker:
     """The side of this process of a contestant's process."""
 
     def __init__(self, make: Callable[[], Call], turns: str) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context(START_METHOD)
         self.connection, theirs = context.Pipe()
         self.estimate = 0.0  # seconds of a call
         self._process = context.Process(target=_serve, args=(theirs, make, turns))

@@ -305,15 +305,18 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     export = commands.add_parser(
         "export",
         help="write a generator as a file that runs without this package",
-        description="Write one direction's generator as ONNX or as a torch.export program, for any picture size, and "
-        "compare the file with the model.",
+        description="Write one direction's generator as ONNX or as a torch.export program, for any picture size, or as "
+        "an ExecuTorch program for phones, for one size, and compare the file with the model.",
     )
     export.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder or checkpoint file")
-    export.add_argument("-o", "--out", required=True, metavar="FILE", help="file to write, *.onnx or *.pt2")
-    export.add_argument("--format", choices=("onnx", "pt2"), help="default: the file's suffix")
+    export.add_argument("-o", "--out", required=True, metavar="FILE", help="file to write, *.onnx, *.pt2 or *.pte")
+    export.add_argument("--format", choices=("onnx", "pt2", "pte"), help="default: the file's suffix")
     export.add_argument("--direction", choices=("AtoB", "BtoA"), default="AtoB")
     export.add_argument("--precision", choices=("fp32", "fp16"), default="fp32", help="of weights and convolutions")
     export.add_argument("--uint8", action="store_true", help="uint8 [N, H, W, C] in and out, not float [N, C, H, W]")
+    export.add_argument(
+        "--size", type=_size, metavar="PIXELS", help="of the pictures that a *.pte takes: 512 or 640x480 (default 256)"
+    )
     export.add_argument("--which", default="latest", help="checkpoint of a run: latest, best or epoch-N")
     export.add_argument(
         "--check",
@@ -321,6 +324,14 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="run the file and compare its results with the model's (default: if what runs it is installed)",
     )
     export.set_defaults(run=_export)
+
+
+def _size(text: str) -> tuple[int, int]:
+    """(height, width) of `N`, a square, or `WIDTHxHEIGHT`."""
+    sides = text.lower().split("x")
+    if not (len(sides) <= 2 and all(side.isdecimal() for side in sides)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 512 or 640x480")
+    return int(sides[-1]), int(sides[0])
 
 
 def _add_weights(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -615,6 +626,7 @@ def _export(arguments: argparse.Namespace) -> int:
         format=arguments.format,
         precision=arguments.precision,
         uint8=arguments.uint8,
+        size=arguments.size,
         check=arguments.check,
         source=Path(arguments.checkpoint).resolve().name,
     )

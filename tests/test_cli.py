@@ -31,7 +31,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
 
 
 def test_the_whole_path(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Render, train, translate both ways, draw the figures; a bad file is listed and the others are done."""
+    """Render, train, translate both ways, draw the figures, train on; a bad file is listed, the others are done."""
     bad = run.parent / "bad.jpg"
     bad.write_bytes(b"not a picture")
     assert main(["translate", str(run), "flowers/testA", str(bad), "-o", "out"]) == 1
@@ -56,8 +56,7 @@ def test_the_whole_path(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
         with Image.open(figure) as image:
             assert min(image.size) > 100
 
-
-def test_resuming_by_the_run_folder(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    # Resuming by the run folder.
     assert main(["train", "--resume", str(run), "training.epochs=2", "monitor.progress=false"]) == 0
     assert "resumed from" in capfd.readouterr().err
     assert main(["train", "--resume", str(run), "--config", "x.yaml"]) == 2

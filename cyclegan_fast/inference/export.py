@@ -1,8 +1,9 @@
-"""A trained generator as a file that runs without this package: an ONNX graph, or a program of `torch.export`.
+"""A trained generator as a file that runs without this package: ONNX, a program of `torch.export`, or ExecuTorch.
 
 What is written is the reference execution, plain operators only, with any batch and any size of at least 8 x 8 pixels:
-extending a picture to what the network can halve, and cropping the result, are part of the graph. Statistics of the
-norms stay float32 in a float16 graph, as in training.
+extending a picture to what the network can halve, and cropping the result, are part of the graph. An ExecuTorch
+program, for phones, takes single pictures of one size, chosen when it is written, which must need no extending.
+Statistics of the norms stay float32 in a float16 graph, as in training.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,19 +30,21 @@ from torch.fx.experimental import _config
 from cyclegan_fast.atomic import replacing
 from cyclegan_fast.errors import InputError
 from cyclegan_fast.inference.translate import Translator
-from cyclegan_fast.models.reference import InstanceNorm
+from cyclegan_fast.models.reference import InstanceNorm, ReflectionPad2d
 from cyclegan_fast.version import __version__
 
 __all__ = ["FORMATS", "OPSET", "PRECISIONS", "Exported", "export", "read_metadata"]
 
 logger = logging.getLogger("cyclegan_fast.export")
 
-FORMATS = ("onnx", "pt2")
+FORMATS = ("onnx", "pt2", "pte")
 PRECISIONS = ("fp32", "fp16")
 OPSET = 18
 MINIMUM = 8  # pixels a side, of what the graph takes
+SIDE = 256  # pixels a side of what an ExecuTorch program takes, unless another size is asked for
 
 _METADATA_FILE = "cyclegan_fast.json"  # inside a .pt2 archive
+_METADATA_METHOD = "cyclegan_fast"  # of a .pte program: returns the same text
 _MULTIPLE = 4  # of a side, where a generator says nothing else
 # (batch, height, width) that the file is compared at: multiples of 4, odd sizes, and one side below the other's half.
 _CHECKED = ((1, 64, 64), (2, 45, 70), (1, 33, 97))
@@ -74,17 +77,20 @@ def export(
     format: str | None = None,  # noqa: A002 - the word users know
     precision: str = "fp32",
     uint8: bool = False,
+    size: tuple[int, int] | None = None,
     check: bool | None = None,
     source: str = "",
 ) -> Exported:
     """Write one direction's generator to a file, which appears whole and, if it was checked, computing the same.
 
-    ``format``: ``onnx`` (opset OPSET; made by PyTorch's exporter, without TorchScript) or ``pt2`` (a program of
-    ``torch.export``); by default what the path's suffix says. ``precision``: weights and convolutions in fp32 or fp16.
+    ``format``: ``onnx`` (opset OPSET; made by PyTorch's exporter, without TorchScript), ``pt2`` (a program of
+    ``torch.export``) or ``pte`` (ExecuTorch, with its XNNPACK backend); by default what the path's suffix says.
+    ``precision``: weights and convolutions in fp32 or fp16.
 
     Input ``image`` and output ``translated``: float32 [N, C, H, W] in [-1, 1], for both precisions; with ``uint8``
-    uint8 [N, H, W, C], so that an application needs no arithmetic. N >= 1, H and W >= 8. The file says so itself, with
-    the direction, the package's version, ``source`` and a digest of the weights: see ``read_metadata``.
+    uint8 [N, H, W, C], so that an application needs no arithmetic. N >= 1, H and W >= 8; ``pte``: N = 1, and (H, W) =
+    ``size``, multiples of what the generator halves, by default SIDE x SIDE. The file says so itself, with the
+    direction, the package's version, ``source`` and a digest of the weights: see ``read_metadata``.
 
     ``check``: run the file at several sizes and batches and compare it with the generator; by default, if what runs it
     is installed. Raises ExportError for a wrong argument, a missing package, a file that cannot be written and one
@@ -97,26 +103,26 @@ def export(
         raise ExportError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
     check = _checkable(file_format, check)
     generator = _plain(translator.G_A if direction == "AtoB" else translator.G_B)
+    fixed = _fixed_size(file_format, size, getattr(generator, "multiple", _MULTIPLE))
     facts = {
-        **_description(channels, uint8, precision),
+        **_description(channels, uint8, precision, fixed),
         "direction": direction,
         "producer": f"cyclegan_fast {__version__}, torch {torch.__version__}",
         "source": source,
         "weights_sha256": _digest(generator),
     }
-    graph = _Graph(_for_graph(generator, precision, _NORMS[file_format]), precision, uint8).eval()
-    program = _program(graph, channels[0], uint8)
-    run_of = {"onnx": _run_onnx, "pt2": _run_pt2}[file_format]
+    graph = _Graph(_for_graph(generator, precision, _REPLACED[file_format]), precision, uint8, extends=not fixed).eval()
+    program = _program(graph, channels[0], uint8, fixed)
+    write = {"onnx": _write_onnx, "pt2": _write_pt2, "pte": _write_pte}[file_format]
+    run_of = {"onnx": _run_onnx, "pt2": _run_pt2, "pte": _run_pte}[file_format]
+    sizes = ((1, *fixed),) if fixed else _CHECKED
     errors: dict[tuple[int, int, int], float] = {}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
-            if file_format == "onnx":
-                _write_onnx(program, temporary, facts)
-            else:
-                _write_pt2(program, temporary, facts)
+            write(program, temporary, facts)
             if check:
-                errors = _compare(run_of(temporary), generator, channels[0], precision, uint8)
+                errors = _compare(run_of(temporary), generator, sizes, channels[0], precision, uint8)
     except OSError as error:
         raise ExportError(f"cannot write {path}: {error.strerror or error}") from error
     return Exported(path, path.stat().st_size, errors)
@@ -126,10 +132,14 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     """What an exported file says about itself, as ``export`` describes. Raises ExportError for another file."""
     path = Path(path)
     try:
-        if _format(path, None) == "pt2":
+        file_format = _format(path, None)
+        if file_format == "pt2":
             extra = {_METADATA_FILE: ""}
             torch.export.load(path, extra_files=extra)
             return {key: str(value) for key, value in json.loads(extra[_METADATA_FILE]).items()}
+        if file_format == "pte":
+            [text] = _pte_method(path, _METADATA_METHOD).execute([])
+            return {key: str(value) for key, value in json.loads(text).items()}
         onnx = _needed("onnx")
         model = onnx.load(path, load_external_data=False)
         return {entry.key: entry.value for entry in model.metadata_props}
@@ -140,9 +150,12 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 class _Graph(nn.Module):
-    """What is exported: the network's layers between the conversions, the extension and the crop."""
+    """What is exported: the network's layers between the conversions, the extension and the crop.
 
-    def __init__(self, generator: nn.Module, precision: str, uint8: bool) -> None:
+    Without ``extends`` it takes only what the layers take.
+    """
+
+    def __init__(self, generator: nn.Module, precision: str, uint8: bool, *, extends: bool = True) -> None:
         super().__init__()
         layers = getattr(generator, "model", None)
         if not isinstance(layers, nn.Module):
@@ -151,15 +164,18 @@ class _Graph(nn.Module):
         self.multiple: int = getattr(generator, "multiple", _MULTIPLE)
         self.dtype = torch.float16 if precision == "fp16" else torch.float32
         self.uint8 = uint8
+        self.extends = extends
 
     def forward(self, image: Tensor) -> Tensor:
         x = image.permute(0, 3, 1, 2).float() / 127.5 - 1 if self.uint8 else image
         height, width = x.shape[2], x.shape[3]
-        x = _extended(_extended(x, 2, self.multiple), 3, self.multiple)
+        if self.extends:
+            x = _extended(_extended(x, 2, self.multiple), 3, self.multiple)
         y: Tensor = self.layers(x.to(self.dtype)).float()
-        # A slice would depend on whether anything is cut off, which is not known yet.
-        y = y.index_select(2, torch.arange(height, device=y.device))
-        y = y.index_select(3, torch.arange(width, device=y.device))
+        if self.extends:
+            # A slice would depend on whether anything is cut off, which is not known yet.
+            y = y.index_select(2, torch.arange(height, device=y.device))
+            y = y.index_select(3, torch.arange(width, device=y.device))
         if not self.uint8:
             return y
         return ((y + 1) / 2 * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
@@ -207,7 +223,31 @@ class _MeanNorm(nn.Module):
         return y.to(x.dtype)
 
 
-_NORMS: dict[str, type[nn.Module]] = {"onnx": _NativeNorm, "pt2": _MeanNorm}
+class _SlicedPad(nn.Module):
+    """`ReflectionPad2d` from slices of one row or column, which XNNPACK has; by index it would run outside of it."""
+
+    def __init__(self, pad: ReflectionPad2d) -> None:
+        super().__init__()
+        self.padding = pad.padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right, top, bottom = self.padding
+        for dim, before, after in ((3, left, right), (2, top, bottom)):
+            last = x.shape[dim] - 1
+            first = [x.narrow(dim, place, 1) for place in range(before, 0, -1)]
+            behind = [x.narrow(dim, last - place, 1) for place in range(1, after + 1)]
+            if before + after > 4:  # with x more than the five tensors that XNNPACK joins at once
+                first, behind = [torch.cat(first, dim)], [torch.cat(behind, dim)]
+            x = torch.cat([*first, x, *behind], dim)
+        return x
+
+
+# What stands for a layer in the graph of each format.
+_REPLACED: dict[str, dict[type[nn.Module], Callable[[Any], nn.Module]]] = {
+    "onnx": {InstanceNorm: _NativeNorm},
+    "pt2": {InstanceNorm: _MeanNorm},
+    "pte": {InstanceNorm: _MeanNorm, ReflectionPad2d: _SlicedPad},
+}
 
 
 def _plain(generator: nn.Module) -> nn.Module:
@@ -219,28 +259,33 @@ def _plain(generator: nn.Module) -> nn.Module:
     return network
 
 
-def _for_graph(generator: nn.Module, precision: str, norm: type[nn.Module]) -> nn.Module:
-    """A copy with the weights in the precision asked for, norms excepted, which become those of the file's format."""
+def _for_graph(
+    generator: nn.Module, precision: str, replaced: Mapping[type[nn.Module], Callable[[Any], nn.Module]]
+) -> nn.Module:
+    """A copy with the weights in the precision asked for, norms excepted, and layers replaced by the format's own."""
     network = copy.deepcopy(generator)
     if precision == "fp16":
         network = network.half()
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, InstanceNorm):
-                setattr(parent, name, norm(child.float()))
+            for kind, other in replaced.items():
+                if isinstance(child, kind):
+                    setattr(parent, name, other(child.float()))
     return network
 
 
-def _program(graph: _Graph, channels: int, uint8: bool) -> torch.export.ExportedProgram:
-    """The graph for any batch, height and width, without the trace's file names and lines."""
-    sides = (2 * graph.multiple + 10, 3 * graph.multiple + 5)
-    example = torch.zeros(2, *sides, channels, dtype=torch.uint8) if uint8 else torch.zeros(2, channels, *sides)
+def _program(graph: _Graph, channels: int, uint8: bool, fixed: tuple[int, int] | None) -> torch.export.ExportedProgram:
+    """The graph for one size, or any batch, height and width, without the trace's file names and lines."""
+    sides = fixed or (2 * graph.multiple + 10, 3 * graph.multiple + 5)
+    batch = 1 if fixed else 2
+    example = torch.zeros(batch, *sides, channels, dtype=torch.uint8) if uint8 else torch.zeros(batch, channels, *sides)
     height, width = (1, 2) if uint8 else (2, 3)
     dim = torch.export.Dim
-    shapes = {0: dim("batch", min=1), height: dim("height", min=MINIMUM), width: dim("width", min=MINIMUM)}
+    free = {0: dim("batch", min=1), height: dim("height", min=MINIMUM), width: dim("width", min=MINIMUM)}
+    shapes = None if fixed else {"image": free}
     # Oblivious: a single position, as at the bottom of a U-Net, is no case of its own.
     with _quiet(), torch.no_grad(), _config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
-        program = torch.export.export(graph, (example,), dynamic_shapes={"image": shapes})
+        program = torch.export.export(graph, (example,), dynamic_shapes=shapes)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
     return program
@@ -275,6 +320,15 @@ def _write_pt2(program: torch.export.ExportedProgram, path: Path, facts: Mapping
     path.write_bytes(content.getbuffer())
 
 
+def _write_pte(program: torch.export.ExportedProgram, path: Path, facts: Mapping[str, str]) -> None:
+    with _quiet():
+        partitioner = _needed("executorch.backends.xnnpack.partition.xnnpack_partitioner").XnnpackPartitioner()
+        lowered = _needed("executorch.exir").to_edge_transform_and_lower(
+            program, partitioner=[partitioner], constant_methods={_METADATA_METHOD: json.dumps(facts, indent=1)}
+        )
+        path.write_bytes(lowered.to_executorch().buffer)
+
+
 def _name_dimensions(graph: Any, uint8: bool) -> None:
     """Words for the free dimensions of input and output."""
     names = {0: "batch", **({1: "height", 2: "width"} if uint8 else {2: "height", 3: "width"})}
@@ -300,13 +354,29 @@ def _run_pt2(path: Path) -> Callable[[Tensor], Tensor]:
     return run
 
 
+def _run_pte(path: Path) -> Callable[[Tensor], Tensor]:
+    method = _pte_method(path, "forward")
+    return lambda image: method.execute([image])[0]
+
+
+def _pte_method(path: Path, name: str) -> Any:
+    with _quiet():
+        runtime = _needed("executorch.runtime").Runtime.get()
+    return runtime.load_program(str(path)).load_method(name)
+
+
 def _compare(
-    run: Callable[[Tensor], Tensor], generator: nn.Module, channels: int, precision: str, uint8: bool
+    run: Callable[[Tensor], Tensor],
+    generator: nn.Module,
+    sizes: Sequence[tuple[int, int, int]],
+    channels: int,
+    precision: str,
+    uint8: bool,
 ) -> dict[tuple[int, int, int], float]:
     """The largest error of the file at each size. Raises ExportError beyond the tolerance, or for another shape."""
     largest, mean = _TOLERANCE[precision]
     errors = {}
-    for index, (batch, height, width) in enumerate(_CHECKED):
+    for index, (batch, height, width) in enumerate(sizes):
         pixels = _sample(batch, channels, height, width, seed=index)
         with torch.no_grad():
             expected = generator(pixels.float() / 127.5 - 1)
@@ -341,7 +411,9 @@ def _sample(batch: int, channels: int, height: int, width: int, seed: int) -> Te
     return (255 * (soft + 0.1 * grain)).clamp(0, 255).to(torch.uint8)
 
 
-def _description(channels: tuple[int, int], uint8: bool, precision: str) -> dict[str, str]:
+def _description(
+    channels: tuple[int, int], uint8: bool, precision: str, fixed: tuple[int, int] | None
+) -> dict[str, str]:
     order = {1: "gray", 2: "gray, alpha", 3: "RGB", 4: "RGB, alpha"}
 
     def spoken(count: int) -> str:
@@ -351,6 +423,8 @@ def _description(channels: tuple[int, int], uint8: bool, precision: str) -> dict
         return f"float32 [batch, {count}, height, width], -1 to 1 (value / 127.5 - 1), {colours}, sRGB"
 
     sizes = f"any height and width from {MINIMUM} pixels; the output has the input's"
+    if fixed:
+        sizes = f"batch 1, height {fixed[0]}, width {fixed[1]}"
     return {"input": spoken(channels[0]), "output": spoken(channels[1]), "sizes": sizes, "precision": precision}
 
 
@@ -371,9 +445,23 @@ def _format(path: Path, asked: str | None) -> str:
     return name
 
 
+def _fixed_size(file_format: str, size: tuple[int, int] | None, multiple: int) -> tuple[int, int] | None:
+    """(height, width) of the pictures that a file takes, None for any; refused where it cannot be."""
+    if file_format != "pte":
+        if size is not None:
+            raise ExportError(f"a size is for the format pte; {file_format} takes pictures of any size")
+        return None
+    size = size or (SIDE, SIDE)
+    if any(side < MINIMUM or side % multiple for side in size):
+        raise ExportError(f"size {size[1]}x{size[0]}: sides must be multiples of {multiple}, from {MINIMUM} pixels")
+    return size
+
+
 def _checkable(file_format: str, check: bool | None) -> bool:
     """Whether to check, once it is known that everything needed is installed."""
-    if file_format == "pt2":
+    if file_format == "pte":
+        _needed("executorch")  # which holds the runtime too
+    if file_format != "onnx":
         return check is not False
     _needed("onnx")
     _needed("onnxscript")
@@ -385,11 +473,13 @@ def _checkable(file_format: str, check: bool | None) -> bool:
     return check is not False
 
 
-def _needed(package: str) -> Any:
+def _needed(module: str) -> Any:
     try:
-        return importlib.import_module(package)
-    except ImportError:
-        raise ExportError(f'exporting to ONNX needs {package}: pip install "cyclegan_fast[export]"') from None
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        target, extra = ("ExecuTorch", package) if package == "executorch" else ("ONNX", "export")
+        raise ExportError(f'exporting to {target} needs {package}: pip install "cyclegan_fast[{extra}]"') from error
 
 
 @contextmanager

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 
 @pytest.mark.slow
-def test_options(bench: Path, tmp_path: Path) -> None:
+def test_options(script: Callable[..., None], tmp_path: Path) -> None:
     out, markdown, figure = (tmp_path / f"options.{suffix}" for suffix in ("json", "md", "jpg"))
     files = ("--out", out, "--markdown", markdown, "--figure", figure, "--work", tmp_path / "work")
-    command = [sys.executable, bench / "options.py", "--small", *files]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
-    assert done.returncode == 0, done.stderr
+    script("options.py", "--small", *files)
     runs = json.loads(out.read_text())["runs"]
     assert set(runs) == {"transposed", "resize", "critic", "critic spectral"}
     untrained = {name: runs[name][0]["before"]["contrast"] for name in ("transposed", "resize")}

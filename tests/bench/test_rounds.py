@@ -40,6 +40,7 @@ def failing_later() -> Callable[[], None]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_the_good_are_measured_and_the_others_noted() -> None:
     contestants = [
         Contestant("quick", functools.partial(sleeper, 0.02), "ours"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,23 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-
-def run(script: Path, folder: Path, *options: str) -> tuple[dict[str, Any], str, str]:
-    """Its JSON, its Markdown, and what it said."""
-    out, markdown = folder / "out.json", folder / "deeper" / "out.md"
-    command = [sys.executable, script, "--small", "--out", out, "--markdown", markdown, "--rounds", "2", *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
-    assert done.returncode == 0, done.stderr
-    return json.loads(out.read_text()), markdown.read_text(), done.stderr
+Script = Callable[..., None]
 
 
-def test_step(bench: Path, tmp_path: Path) -> None:
+def outputs(folder: Path) -> list[object]:
+    """Options for the two files, and for few rounds with toy networks."""
+    return ["--small", "--rounds", 2, "--out", folder / "out.json", "--markdown", folder / "deeper" / "out.md"]
+
+
+def written(folder: Path) -> tuple[dict[str, Any], str]:
+    """A script's JSON and its Markdown."""
+    return json.loads((folder / "out.json").read_text()), (folder / "deeper" / "out.md").read_text()
+
+
+def test_step(script: Script, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--match", "^.a. de-facto fp32 eager|^ours fp32 eager", "--batch", "2", "--identity", "0")
-    content, markdown, said = run(bench / "step.py", tmp_path, *options)
+    script("step.py", *outputs(tmp_path), *options)
+    (content, markdown), said = written(tmp_path), capsys.readouterr().err
     assert content["provenance"]["torch"]
     small = {"ngf": 8, "ndf": 8, "blocks": 2, "layers": 2}
     assert content["task"] == {"batch": 2, "size": 64, "identity": 0.0, **small}
@@ -45,16 +50,20 @@ def test_step(bench: Path, tmp_path: Path) -> None:
 
 
 def test_step_lists_what_there_was_no_time_for(bench: Path, tmp_path: Path) -> None:
-    content, markdown, _ = run(bench / "step.py", tmp_path, "--seconds", "0")
+    """As a program of its own, which finds what it imports."""
+    command = [sys.executable, bench / "step.py", *map(str, outputs(tmp_path)), "--seconds", "0"]
+    subprocess.run(command, check=True, timeout=280)
+    content, markdown = written(tmp_path)
     (group,) = content["batches"]
     assert len(group["rows"]) >= 6
     assert all(row["error"] == "not run: out of time" for row in group["rows"])
     assert "* ours fp32 eager: not run: out of time" in markdown
 
 
-def test_translate(bench: Path, tmp_path: Path) -> None:
+def test_translate(script: Script, tmp_path: Path) -> None:
     options = ("--match", "^.a. de-facto fp32 eager|^ours fp32 (eager|translator)")
-    content, markdown, _ = run(bench / "translate.py", tmp_path, *options)
+    script("translate.py", *outputs(tmp_path), *options)
+    content, markdown = written(tmp_path)
     (group,) = content["sizes"]
     assert (group["height"], group["width"]) == (64, 64)
     assert group["flop"] > 0
@@ -64,11 +73,12 @@ def test_translate(bench: Path, tmp_path: Path) -> None:
     assert "## A translation by ours fp32" in markdown
 
 
-def test_photo_adds_to_what_was_measured(bench: Path, tmp_path: Path) -> None:
+def test_photo_adds_to_what_was_measured(script: Script, tmp_path: Path) -> None:
+    """Each way in a process of its own, whose memory is measured: the script's own doing."""
     out, markdown = tmp_path / "photo.json", tmp_path / "photo.md"
-    command = [sys.executable, bench / "photo.py", "--small", "--add", "--sizes", "0.2", "--out", out]
+    options = ("--small", "--add", "--sizes", "0.2", "--out", out)
     for ways in ("whole,bands", "least,scaled"):
-        subprocess.run([*command, "--markdown", markdown, "--ways", ways], check=True, timeout=280)
+        script("photo.py", *options, "--markdown", markdown, "--ways", ways)
     content = json.loads(out.read_text())
     assert [row["way"] for row in content["rows"]] == ["whole", "bands", "least", "scaled"]
     assert len(content["runs"]) == 2
@@ -81,14 +91,13 @@ def test_photo_adds_to_what_was_measured(bench: Path, tmp_path: Path) -> None:
     text = markdown.read_text()
     assert "## 0.2 MP, 512x384" in text
     assert "| least | fp32 |" in text
-    subprocess.run([*command, "--seconds", "0"], check=True, timeout=280)
+    script("photo.py", *options, "--seconds", "0")
     assert json.loads(out.read_text())["rows"][0]["error"] == "not run: out of time"
 
 
-def test_overhead(bench: Path, tmp_path: Path) -> None:
+def test_overhead(script: Script, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "overhead.json"
-    command = [sys.executable, str(bench / "overhead.py"), "--small", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    script("overhead.py", "--small", "--out", out)
     rows = json.loads(out.read_text())["rows"]
     assert {row["op"].split()[0].rstrip(",") for row in rows} >= {
         "instance_norm",
@@ -97,11 +106,12 @@ def test_overhead(bench: Path, tmp_path: Path) -> None:
         "relu",
     }
     assert all(us > 0 for row in rows for us in row["microseconds"])
-    assert "| relu | forward + backward |" in done.stdout
+    assert "| relu | forward + backward |" in capsys.readouterr().out
 
 
-def test_ddp(bench: Path, tmp_path: Path) -> None:
-    content, markdown, said = run(bench / "ddp.py", tmp_path, "--size", "32")
+def test_ddp(script: Script, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    script("ddp.py", *outputs(tmp_path), "--size", 32)
+    (content, markdown), said = written(tmp_path), capfd.readouterr().err
     assert content["task"]["processes"] == 2
     assert content["backend"] in ("gloo", "nccl")
     names = {row["name"] for row in content["rows"] if len(row["seconds"]) == 2 and row["ms"] > 0}
@@ -110,12 +120,11 @@ def test_ddp(bench: Path, tmp_path: Path) -> None:
     assert "buckets, 25 MB: " in said
 
 
-def test_export(bench: Path, tmp_path: Path) -> None:
+def test_export(script: Script, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     out, markdown = tmp_path / "out.json", tmp_path / "out.md"
-    options = ("--ngf", "4", "--side", "32", "--rounds", "2", "--out", str(out), "--markdown", str(markdown))
-    subprocess.run([sys.executable, str(bench / "export.py"), *options], capture_output=True, check=True, timeout=200)
+    script("export.py", "--ngf", 4, "--blocks", 1, "--side", 32, "--rounds", 2, "--out", out, "--markdown", markdown)
     rows = {row["name"]: row for row in json.loads(out.read_text())["rows"]}
     assert {"ONNX Runtime, fp32", "ONNX Runtime, fp16", "torch.export program, fp32"} < set(rows)
     for row in rows.values():

@@ -5,17 +5,19 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from tiny_models import noise, save_run, translator
 
-from cyclegan_fast.cli import main
+from cyclegan_fast.cli import _size, main
 from cyclegan_fast.errors import InputError
 from cyclegan_fast.inference.export import OPSET, export, read_metadata
 from cyclegan_fast.inference.translate import Translator
 from cyclegan_fast.models.fused import ResnetGenerator
+from cyclegan_fast.models.reference import ReflectionPad2d
 from cyclegan_fast.models.unet import UnetGenerator
 
 # Not among the sizes that the export itself checks: a single row of blocks, odd ones, batches, one side very long.
@@ -118,6 +120,58 @@ def test_program_of_torch_export(tmp_path: Path) -> None:
     assert read_metadata(exported.path)["direction"] == direction
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_program_of_executorch(precision: str, tmp_path: Path) -> None:
+    """One size, which is no square; its own runtime gives the same picture; in fp32 all of it by XNNPACK."""
+    pytest.importorskip("executorch")
+    ours = translator()
+    uint8 = precision == "fp16"
+    path = tmp_path / "model.pte"
+    exported = export(ours, path, precision=precision, uint8=uint8, size=(16, 24), source="flowers")
+    assert list(exported.errors) == [(1, 16, 24)]
+    facts = read_metadata(path)
+    assert facts["sizes"] == "batch 1, height 16, width 24"
+    assert facts["source"] == "flowers"
+    method = importlib.import_module("executorch.runtime").Runtime.get().load_program(str(path)).load_method("forward")
+    pixels = torch.from_numpy(noise(16, 24))
+    image = pixels if uint8 else pixels.permute(2, 0, 1) / 127.5 - 1
+    result = method.execute([image[None].contiguous()])[0][0]
+    if uint8:
+        assert result.dtype == torch.uint8
+        assert (result.int() - torch.from_numpy(ours.translate(pixels.numpy())).int()).abs().max() < 10
+    else:
+        torch.testing.assert_close(result, ours.translate(image[None])[0], atol=1e-3, rtol=0)
+        content = path.read_bytes()
+        assert b"XnnpackBackend" in content
+        assert b"aten" not in content  # the name of an operator that runs outside of it
+
+
+def test_layers_as_xnnpack_has_them() -> None:
+    """Reflections from slices, of one row, of three, and of two at one end only."""
+    module = importlib.import_module("cyclegan_fast.inference.export")
+    x = torch.randn(2, 3, 5, 7)
+    for padding in (1, 3, (2, 1, 0, 2)):
+        pad = ReflectionPad2d(padding)
+        torch.testing.assert_close(module._SlicedPad(pad)(x), pad(x), atol=0, rtol=0)
+    network = module._for_graph(translator().G_A, "fp32", module._REPLACED["pte"])
+    kinds = {type(layer) for layer in network.modules()}
+    assert {module._SlicedPad, module._MeanNorm} < kinds
+    assert ReflectionPad2d not in kinds
+
+
+def test_sizes_are_for_fixed_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="a size is for the format pte; pt2 takes pictures of any size"):
+        export(translator(), tmp_path / "model.pt2", size=(64, 64))
+    monkeypatch.setitem(sys.modules, "executorch", None)
+    with pytest.raises(InputError, match=r'ExecuTorch needs executorch: pip install "cyclegan_fast\[executorch\]"'):
+        export(translator(), tmp_path / "model.pte")
+    monkeypatch.setitem(sys.modules, "executorch", ModuleType("executorch"))
+    for size in ((64, 66), (4, 64)):
+        with pytest.raises(InputError, match=f"size {size[1]}x{size[0]}: sides must be multiples of 4, from 8 pixels"):
+            export(translator(), tmp_path / "model.pte", size=size)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_that_computes_something_else_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The layers of another model in the file, and what stood under the name before is still there."""
     path = tmp_path / "model.pt2"
@@ -133,7 +187,7 @@ def test_a_file_that_computes_something_else_is_not_kept(tmp_path: Path, monkeyp
 
 def test_wrong_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = translator()
-    with pytest.raises(InputError, match=r"the suffix of .*model.pb is not one of onnx, pt2"):
+    with pytest.raises(InputError, match=r"the suffix of .*model.pb is not one of onnx, pt2, pte"):
         export(ours, tmp_path / "model.pb")
     with pytest.raises(InputError, match="precision 'int4' is not one of fp32, fp16"):
         export(ours, tmp_path / "model.pt2", precision="int4")
@@ -166,5 +220,12 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{out}: 0." in printed
     assert "2 x 70 x 45: differs from the model by at most" in printed
     assert read_metadata(out)["source"] == "flowers"
+    assert main(["export", str(run), "-o", str(out), "--size", "640x480"]) == 2
+    assert "a size is for the format pte" in capsys.readouterr().err
+    assert _size("640x480") == (480, 640)
+    assert _size("512") == (512, 512)
+    with pytest.raises(SystemExit):
+        main(["export", str(run), "-o", str(out), "--size", "big"])
+    assert "'big' is no size such as 512 or 640x480" in capsys.readouterr().err
     assert main(["export", str(run), "-o", str(tmp_path / "model.xyz")]) == 2
-    assert "is not one of onnx, pt2" in capsys.readouterr().err
+    assert "is not one of onnx, pt2, pte" in capsys.readouterr().err

@@ -205,7 +205,7 @@ JOBS: dict[str, Callable[[str, Path], Any]] = {
     "steps-differ": steps_differ_job,
     "exact": run,
     **dict.fromkeys(("pix2pix", "augmented", "pix2pix-large"), run),
-    "eager": run,
+    **dict.fromkeys(("eager", "wgangp", "static-memory"), run),
     "patience": run,
     "accumulate": run,
     "compressed": run,

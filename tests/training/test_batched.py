@@ -124,8 +124,11 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("preset", "identity", "pool", "size"), CASES)
-@pytest.mark.parametrize("own", [False, True], ids=["joint", "own"])
+# With gradients of their own, each of the four values in both of its kinds.
+@pytest.mark.parametrize(
+    ("preset", "identity", "pool", "size", "own"),
+    [*((*case, False) for case in CASES), ("original", 0.5, 0, 1, True), ("keras", 0.0, 2, 3, True)],
+)
 def test_float64(preset: str, identity: float, pool: int, size: int, own: bool) -> None:
     objective = Objective(identity=identity, own_gradient=own)
     assert compare(preset, objective, pool, size, torch.float64, eps=1e-8) < 1e-10

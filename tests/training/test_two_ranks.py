@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_distributed import LEARNING, assert_same_learning
 from test_trainer import assert_same_state, losses, quiet_compiler, records
 from tiny_runs import TINY, write_pictures
 
@@ -53,6 +54,8 @@ JOBS: dict[str, tuple[str, ...]] = {
     "pix2pix-large": (*COMPARABLE, "model.method=pix2pix", "data.pairing=aligned", "data.unreadable=skip"),
     "eager": COMPARABLE,
     "compile": (*COMPARABLE, "training.mode=compile"),
+    "wgangp": (*LEARNING, "training.accumulate=2", "loss.gan=wgangp"),
+    "static-memory": (*LEARNING, "training.mode=graph", "data.resident=never"),
     "compressed": (*COMPARABLE, "distributed.compression=bf16"),
     "diverged": ("training.steps=9", "distributed.check_every=2", "checkpoint.every_epochs=0.5"),
     "other-start": ("training.steps=3",),
@@ -219,6 +222,13 @@ def test_ranks_stop_early_at_one_step(folder: Path) -> None:
 def test_two_ranks_are_one_with_twice_the_batch(folder: Path) -> None:
     said(folder, "eager")
     assert_equal_runs(twice_the_batch(folder, "eager"), folder / "runs" / "eager")
+
+
+@pytest.mark.parametrize("name", ["wgangp", "static-memory"])
+def test_other_settings_on_two_ranks_are_one_with_twice_the_batch(folder: Path, name: str) -> None:
+    """Two micro-batches a step with a gradient penalty; a step over static memory, fed from streamed pictures."""
+    said(folder, name)
+    assert_same_learning(twice_the_batch(folder, name), folder / "runs" / name)
 
 
 @pytest.mark.parametrize("method", ["pix2pix", "augmented"])
