@@ -185,9 +185,7 @@ def _enlarged(coarse: Tensor, like: Tensor) -> Tensor:
     return F.interpolate(coarse, like.shape[2:], mode="bilinear", align_corners=False)
 
 
-def _parts(
-    batches: tuple[Pictures, ...], names: tuple[str, ...], value_range: Range
-) -> Iterator[tuple[Tensor, ...]]:
+def _parts(batches: tuple[Pictures, ...], names: tuple[str, ...], value_range: Range) -> Iterator[tuple[Tensor, ...]]:
     """The same pictures of each batch, some at a time, shrunk. Raises InputError."""
     for images, name in zip(batches, names, strict=True):
         if getattr(images, "ndim", 0) != 4 or 0 in images.shape:
