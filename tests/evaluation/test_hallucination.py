@@ -20,9 +20,7 @@ TINT = torch.tensor([1.1, 0.9, 0.8], dtype=torch.float64).view(1, 3, 1, 1)
 @pytest.fixture(scope="module")
 def flowers() -> tuple[Tensor, Tensor]:
     pairs = [render_pair(3, index, SIDE)[:2] for index in range(3)]
-    return tuple(
-        torch.stack([torch.from_numpy(p[k]) for p in pairs]).permute(0, 3, 1, 2).double() / 255 for k in (0, 1)
-    )
+    return tuple(torch.stack([torch.tensor(p[k]) for p in pairs]).permute(0, 3, 1, 2).double() / 255 for k in (0, 1))
 
 
 def patched(picture: Tensor) -> Tensor:
@@ -80,11 +78,8 @@ def test_a_hidden_message_does_not_hide_it(flowers: tuple[Tensor, Tensor], hidde
         return ((patched(picture).clamp(-0.9, 0.9) * 127.5).round() + hidden * checks) / 127.5
 
     def backward(picture: Tensor) -> Tensor:
-        patch = picture[:, :, PLACE[0], PLACE[1]] * 127.5
-        signal = float((patch * checks[PLACE[0], PLACE[1]]).abs().sub(patch.abs()).mean())
-        read = bool((((patch - hidden * checks[PLACE[0], PLACE[1]]) % 1).sub(0.5).abs() > 0.45).all()) and signal < 99
-        plain = (patch - hidden * checks[PLACE[0], PLACE[1]]).flatten(2).std(dim=2).max()
-        return x if read and plain < 0.05 else picture
+        patch = picture[:, :, PLACE[0], PLACE[1]] * 127.5 - hidden * checks[PLACE[0], PLACE[1]]
+        return x if float(patch.flatten(2).std(dim=2).max()) < 0.05 else picture
 
     whole = {"value_range": (-1.0, 1.0)}
     naive = hallucination(x, forward(x), backward(forward(x)), **whole)

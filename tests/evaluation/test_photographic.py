@@ -48,7 +48,7 @@ def test_sharpness_of_checks() -> None:
 
 def test_separation_of_a_known_subject() -> None:
     subject = torch.zeros(1, 256, 256, dtype=torch.bool)
-    subject[:, 64:160, 64:160] = True
+    subject[:, 48:208, 48:208] = True
     amplitude = torch.where(subject[0], 16.0, 4.0).double()
     image = (0.5 + amplitude / 255 * CHECKS)[None, None]
     found = depth_of_field(image, subject, **UNIT)
@@ -88,14 +88,15 @@ def test_true_subjects_of_rendered_flowers() -> None:
     assert np.median(gains) > 1.5
 
 
-@pytest.mark.parametrize("sigma", [1.0, 4.0, 12.0])
+@pytest.mark.parametrize("sigma", [1.0, 4.0])
 def test_noise_of_known_deviation(sigma: float) -> None:
     draws = torch.randn((2, 3, 256, 256), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     slope = torch.linspace(0.3, 0.7, 256, dtype=torch.float64)
     image = slope + sigma / 255 * draws
     assert noise(image, **UNIT).tolist() == pytest.approx([sigma] * 2, rel=0.03)
     textured = image.clone()
-    textured[..., :128] += 0.1 * torch.sin(torch.arange(128) * 2.6) * torch.sin(torch.arange(256) * 2.6)[:, None]
+    cells = random_pictures(1, 1, 86, 43).repeat_interleave(3, 2).repeat_interleave(3, 3)[..., :256, :128]
+    textured[..., :128] += 0.25 * (cells - 0.5)
     assert noise(textured, **UNIT).tolist() == pytest.approx([sigma] * 2, rel=0.05)
     assert noise(textured, smoothest=1, **UNIT).min() > 1.2 * sigma
 
