@@ -43,8 +43,9 @@ def test_what_the_cycle_explains_is_none(flowers: tuple[Tensor, Tensor]) -> None
 
 def test_a_kept_patch_is_found(flowers: tuple[Tensor, Tensor]) -> None:
     x, truth = flowers
+    # Its energy is that of the change less that of the leaves under it, which are lost; a grade may hide some more.
     energy = (patched(x) - x).square().mean(dim=(1, 2, 3))
-    for y, least in ((patched(x), 0.7), (graded(patched(x)), 0.5), (patched(truth), 0.5)):
+    for y, least in ((patched(x), 0.7), (graded(patched(x)), 0.33), (patched(truth), 0.33)):
         found = hallucination(x, y, patched(x), **UNIT)
         assert found.area.tolist() == pytest.approx([AREA] * 3, rel=0.4)
         assert (found.energy / energy).min() > least

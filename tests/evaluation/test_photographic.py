@@ -98,7 +98,7 @@ def test_noise_of_known_deviation(sigma: float) -> None:
     cells = random_pictures(1, 1, 86, 43).repeat_interleave(3, 2).repeat_interleave(3, 3)[..., :256, :128]
     textured[..., :128] += 0.25 * (cells - 0.5)
     assert noise(textured, **UNIT).tolist() == pytest.approx([sigma] * 2, rel=0.05)
-    assert noise(textured, smoothest=1, **UNIT).min() > 1.2 * sigma
+    assert noise(textured, smoothest=1, **UNIT).min() > 1.1 * sigma  # texture counts there
 
 
 def test_noise_without_evidence() -> None:
