@@ -36,7 +36,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from cyclegan_fast.data._camera import PHONE, Exposure, develop_dslr, develop_phone, dslr
-from cyclegan_fast.data._raster import Floats
+from cyclegan_fast.data._raster import Bools, Floats
 from cyclegan_fast.data._scene import Scene, draw_scene, rasterise
 from cyclegan_fast.data.folder import SPLITS, DataError
 from cyclegan_fast.machine import usable_cores
@@ -46,6 +46,7 @@ Picture: TypeAlias = npt.NDArray[np.uint8]
 
 _TRUTH = {"testA": "truthB", "testB": "truthA"}
 _INDEX = "synthetic.json"
+_MAKER = "cyclegan_fast.data.synthetic"
 _FORMAT = 2  # raised whenever the renderer draws a different picture for the same (seed, index, size)
 _GRADE = 28.0  # shift of the chroma between a picture and its graded one, of 255
 _STYLE_STREAM = 1  # separates the draw of a scene's grade from that of the scene
@@ -79,6 +80,36 @@ def render_pair(seed: int, index: int, size: int) -> tuple[Picture, Picture, Flo
     return phone, reflex, depth
 
 
+def in_focus(seed: int, index: int, size: int) -> Bools:
+    """Where the DSLR's rendering of scene `index` of `seed` is sharp, bool [size, size]: the true subject.
+
+    There the nearest surface belongs to a layer whose disc (see above) has a diameter of less than 1/256 of the frame,
+    a pixel of a picture of 256: the main flower and most of its stem. Raises ValueError as `render_pair`.
+    """
+    _check_size(size)
+    what = scene(seed, index)
+    lens = dslr(what.aperture)
+    sharp = np.zeros((size, size), bool)
+    for distance, rgba, _ in rasterise(what, size, distances=False):
+        sharp[rgba[3] > 0.5] = lens.circle_of_confusion(distance, what.focus) < 1 / 256
+    return sharp
+
+
+def scene_of(picture: str | Path) -> tuple[int, int] | None:
+    """(seed, index) of the scene in a picture of a rendered data set, ROOT/testA/000002.jpg for instance.
+
+    None for any other picture, and for one of a set that another version has rendered.
+    """
+    path = Path(picture)
+    try:
+        index = json.loads((path.absolute().parent.parent / _INDEX).read_text(encoding="utf-8"))
+        seed, number = index["seed"], int(path.stem)
+        known = index["made_by"] == _MAKER and index["format"] == _FORMAT and path.name == f"{number:06d}.jpg"
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return (seed, number) if known and isinstance(seed, int) and seed >= 0 <= number else None
+
+
 def style_of(seed: int, index: int, styles: int) -> int:
     """The grade, 0 to styles - 1, of scene `index` of `seed`."""
     return int(np.random.SeedSequence((seed, index, _STYLE_STREAM)).generate_state(1)[0]) % styles
@@ -97,8 +128,7 @@ def graded(picture: Picture, style: int, styles: int) -> Picture:
 
 def _render(what: Scene, size: int, domains: str, depth: Floats | None = None) -> list[Picture]:
     """A picture for each of the domains; distances are written into `depth`. Layers are drawn once and not kept."""
-    if not 16 <= size <= 4096:
-        raise ValueError(f"size = {size} is not allowed: a picture is 16 to 4096 pixels wide")
+    _check_size(size)
     lenses = {"A": PHONE, "B": dslr(what.aperture)}
     exposures = {domain: Exposure(lenses[domain], what.focus, size) for domain in domains}
     for distance, rgba, distances in rasterise(what, size, distances=depth is not None):
@@ -109,6 +139,11 @@ def _render(what: Scene, size: int, domains: str, depth: Floats | None = None) -
     develop = {"A": develop_phone, "B": develop_dslr}
     gain = dict(zip("AB", what.exposure.tolist(), strict=True))
     return [develop[d](exposures[d].light(), gain[d], what.develop_seed) for d in domains]
+
+
+def _check_size(size: int) -> None:
+    if not 16 <= size <= 4096:
+        raise ValueError(f"size = {size} is not allowed: a picture is 16 to 4096 pixels wide")
 
 
 @dataclass(frozen=True)
@@ -191,7 +226,7 @@ def ensure_dataset(
 
 
 def _index(wanted: _Parameters) -> dict[str, Any]:
-    return {"made_by": "cyclegan_fast.data.synthetic", **asdict(wanted)}
+    return {"made_by": _MAKER, **asdict(wanted)}
 
 
 def _is_there(root: Path, wanted: _Parameters) -> bool:
