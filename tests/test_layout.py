@@ -109,10 +109,10 @@ ALLOWED = {
     "training.trainer": {
         *("config", "data.loader", "device", "distributed", "errors", "evaluation.figures", "models", "version"),
         "inference.weights",  # a run that starts from weights of others
-        *(f"training.{name}" for name in ("best", "build", "checkpoint", "elastic", "ema", "experiment", "familiar", "graph")),
+        *(f"training.{name}" for name in ("best", "build", "checkpoint", "elastic", "ema", "experiment", "familiar")),
         *(
             f"training.{name}"
-            for name in ("health", "image_pool", "measures", "monitor", "process", "replicas", "run_folder")
+            for name in ("graph", "health", "image_pool", "measures", "monitor", "process", "replicas", "run_folder")
         ),
         *("roofline", "training.latents", "training.schedule", "training.state", "training.step"),
     },

@@ -21,7 +21,7 @@ from cyclegan_fast import distributed
 from cyclegan_fast.config import Config
 from cyclegan_fast.data import sampler, synthetic
 from cyclegan_fast.data.fixed import load_shown, used
-from cyclegan_fast.data.folder import DataError, Scan, align, scan_dataset, scan_side_by_side, stem
+from cyclegan_fast.data.folder import DataError, Entry, Scan, align, scan_dataset, scan_side_by_side, stem
 from cyclegan_fast.data.store import Preprocess, Store, default_cache, open_store
 from cyclegan_fast.ops.crop_flip import crop_flip
 
@@ -345,7 +345,7 @@ def _open_training_data(
         resident=data.resident,
     )
     held_out_A, held_out_B = (
-        (_sample_entries(domain, scans, config) if f"test{domain}" in scans else (), preprocess)
+        (used(f"test{domain}", scans, config) if f"test{domain}" in scans else (), preprocess)
         for domain, preprocess in (("A", preprocess_A), ("B", preprocess_B))
     )
     return TrainingData(loader, samples_A, samples_B, scans, (store_A, store_B), (held_out_A, held_out_B))

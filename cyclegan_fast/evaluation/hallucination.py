@@ -132,6 +132,7 @@ def _invented(x: Tensor, y: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
 def _kept(u: Tensor, c: Tensor) -> Tensor:
     """The part of the change u that the change c holds, too."""
     both, own, other = (_local((a * b).mean(dim=1, keepdim=True)) for a, b in ((u, c), (u, u), (c, c)))
+    own, other = own.clamp_min(0), other.clamp_min(0)  # differences of sums: 0 may be rounded to less
     cosine = both / (own * other).sqrt().clamp_min(_NOTHING)
     certain = ((cosine - _CHANCE) / (1 - _CHANCE)).clamp_min(0)
     return u * (certain * (other / own.clamp_min(_NOTHING)).sqrt()).clamp_max(1)
@@ -159,11 +160,13 @@ def _beyond_grade(y: Tensor, x: Tensor) -> Tensor:
 
 
 def _local(values: Tensor) -> Tensor:
-    """Mean over the window around each place."""
-    reach = min(_WINDOW // 2, min(values.shape[2:]) - 1)
-    padded = F.pad(values, (reach,) * 4, mode="reflect")
-    side = 2 * reach + 1  # down and then across: a fifth of the time of the square window
-    return F.avg_pool2d(F.avg_pool2d(padded, (side, 1), stride=1), (1, side), stride=1)
+    """Mean over the window around each place, by running sums: a window of 81 pixels costs what one of 4 would."""
+    reach = min(_WINDOW // 2, min(values.shape[2:]) - 2)
+    side = 2 * reach + 1
+    sums = F.pad(values, (reach + 1, reach, reach + 1, reach), mode="reflect").cumsum(dim=2)
+    sums = (sums[:, :, side:] - sums[:, :, :-side]).cumsum(dim=3)
+    mean: Tensor = (sums[..., side:] - sums[..., :-side]) / side**2
+    return mean
 
 
 def _blurred(x: Tensor) -> Tensor:

@@ -124,7 +124,7 @@ def _by_mask(sharpness: Tensor, subject: Tensor, shape: tuple[int, ...]) -> tupl
     expected = (shape[0], *shape[2:])
     if tuple(subject.shape) != expected:
         raise InputError(f"subject has shape {list(subject.shape)}: for these pictures it must be {list(expected)}")
-    size = tuple(sharpness.shape[1:])
+    size = (sharpness.shape[1], sharpness.shape[2])
     covered = [F.adaptive_avg_pool2d(part[None].float(), size) for part in subject.to(sharpness.device)]
     share = torch.cat(covered)
     return share >= 0.75, share == 0
