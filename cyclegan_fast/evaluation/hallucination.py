@@ -156,7 +156,8 @@ def _beyond_grade(y: Tensor, x: Tensor) -> Tensor:
     gram = colours @ colours.mT / colours.shape[2]
     gram = gram + 1e-6 * torch.eye(gram.shape[1], dtype=x.dtype, device=x.device)
     fitted = torch.linalg.solve(gram, colours @ y.flatten(2).mT / colours.shape[2]).mT @ colours
-    return y - fitted.view_as(y)
+    rest: Tensor = y - fitted.view_as(y)
+    return rest
 
 
 def _local(values: Tensor) -> Tensor:
