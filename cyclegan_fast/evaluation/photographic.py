@@ -2,8 +2,7 @@
 
 Every function takes batches [N, C, H, W] of sRGB or gray pictures, C = 3 or 1, as `metrics` does: ``uint8``, or
 floating point with a ``value_range``. Results are float64, a number a picture, on the device of the pictures; "levels"
-are those of 8 bits, 0 to 255. Wrong input raises InputError. Pictures are converted a few at a time, so that a
-photograph of 12 megapixels needs well under 1 GB beside itself.
+are those of 8 bits, 0 to 255. Wrong input raises InputError. Pictures are converted a few at a time.
 """
 
 from __future__ import annotations
@@ -152,7 +151,8 @@ def noise(images: Pictures, *, smoothest: float = 0.25, value_range: Range = Non
     are left out, as clipping hides noise; NaN where there are no others. ``smoothest=1`` takes the whole picture, as
     scikit-image's ``estimate_sigma`` does (which leaves out coefficients that are 0, too).
 
-    A JPEG has lost much of the noise of its camera: where more than half of the coefficients of smooth parts are 0, so
+    Fine regular texture, such as a weave or a checkerboard, counts as noise. A JPEG has lost much of the noise of its
+    camera: where more than half of the coefficients of smooth parts are 0, so
     is this. Both sides must have 32 pixels.
     """
     if not 0 < smoothest <= 1:
