@@ -28,13 +28,16 @@ $(VENV)/.ready: pyproject.toml setup.py
 	$(BIN)/pip install --quiet -e ".[dev]"
 	@touch $@
 
-# Render flowers, train the quick-start recipe on them, translate its test pictures, draw the figures.
+# Render flowers, train the quick-start recipe on them, translate its test pictures, measure them, draw the figures.
 demo: setup
 	$(BIN)/cyclegan-fast train --config configs/quickstart.yaml --resume
 	$(BIN)/cyclegan-fast translate runs/quickstart datasets/flowers/testA -o demo/translated --format png --overwrite
 	$(BIN)/cyclegan-fast figures cycle runs/quickstart $$(ls datasets/flowers/testA/* | head -n 6) -o demo/cycle.png
 	$(BIN)/cyclegan-fast figures curves runs/quickstart -o demo/curves.png
+	$(BIN)/cyclegan-fast evaluate runs/quickstart
+	$(BIN)/cyclegan-fast report runs/quickstart -o demo/report.html
 	@echo "Look at:"
+	@echo "  demo/report.html              all of it on one page, with sliders between before and after"
 	@echo "  demo/translated/              the test pictures, translated"
 	@echo "  demo/cycle.png                input | generated | reconstructed"
 	@echo "  demo/curves.png               the losses"
