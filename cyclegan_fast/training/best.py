@@ -13,12 +13,8 @@ __all__ = ["HIGHER", "METRICS", "Best"]
 
 logger = logging.getLogger("cyclegan_fast.train")
 
-METRICS = (
-    "swd",
-    "swd_colour",
-    "psnr",
-    "ssim",
-)  # of `monitor.metrics_samples` pictures; the others are of `monitor.samples`
+# Of `monitor.metrics_samples` pictures; the others are of `monitor.samples`.
+METRICS = ("swd", "swd_colour", "psnr", "ssim")
 HIGHER = ("psnr", "ssim")  # the better, the higher
 
 
