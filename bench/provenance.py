@@ -23,7 +23,7 @@ def provenance() -> dict[str, Any]:
     """Everything that a figure depends on and a reader cannot see; values None where unknown."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
+        "command": shlex.join([Path(sys.executable).name, *(_as_here(word) for word in sys.orig_argv[1:])]),
         "commit": _commit(),
         "sources": _sources(),
         "python": platform.python_version(),
@@ -50,6 +50,11 @@ def as_text(facts: dict[str, Any]) -> str:
         f"torch {facts['torch']}{triton}, Python {facts['python']}; commit {facts['commit']}, sources "
         f"{facts['sources']}; {facts['date']}; `{facts['command']}`"
     )
+
+
+def _as_here(word: str) -> str:
+    """A word of the command; a path into this project as seen from its root, which is what can be called elsewhere."""
+    return word[len(str(ROOT)) + 1 :] if word.startswith(f"{ROOT}{os.sep}") else word
 
 
 def _commit() -> str | None:
