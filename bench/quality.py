@@ -122,18 +122,31 @@ class Evaluations:
         """What each arm reaches, below the untouched pictures and the target domain's real ones.
 
         Mean ± standard deviation over seeds; with one seed, its value and the interval over pictures. ``aside``:
-        further columns, by title and arm.
+        further columns, by title and arm. Arms that prepare pictures otherwise than the others, and so are measured on
+        other inputs, have rows of their own for these.
         """
         names, aside = self.names(direction), aside or {}
         rows = [["", "runs", *(COLUMNS[name].title for name in names), *aside]]
-        first = self.metrics(*next(iter(self.found)), direction)
+        inputs = self._inputs()
         for label, kind in (("input, untouched", "untouched"), ("real pictures of the target", "target")):
-            cells = [COLUMNS[name].shown((first[name].get(kind) or {}).get("value")) for name in names]
-            rows.append([label, "", *cells, *("" for _ in aside)])
+            for arms in inputs.values():
+                measured = self.metrics(arms[0], self.seeds(arms[0])[0], direction)
+                cells = [COLUMNS[name].shown((measured[name].get(kind) or {}).get("value")) for name in names]
+                of = f", as prepared for {' and '.join(arms)}" if len(inputs) > 1 else ""
+                rows.append([label + of, "", *cells, *("" for _ in aside)])
         for arm in self.arms:
             cells = [self._level(arm, direction, name) for name in names]
             rows.append([arm, str(len(self.seeds(arm))), *cells, *(each.get(arm, "") for each in aside.values())])
         return table(rows)
+
+    def _inputs(self) -> dict[str, list[str]]:
+        """The arms by what is measured of their untouched pictures: equal where these were prepared alike."""
+        inputs: dict[str, list[str]] = {}
+        for arm in self.arms:
+            metrics = self.metrics(arm, self.seeds(arm)[0], next(iter(DIRECTIONS)))
+            untouched = {name: (metric.get("untouched") or {}).get("value") for name, metric in metrics.items()}
+            inputs.setdefault(json.dumps(untouched, sort_keys=True), []).append(arm)
+        return inputs
 
     def _level(self, arm: str, direction: str, name: str) -> str:
         column, seeds = COLUMNS[name], self.seeds(arm)
@@ -147,7 +160,7 @@ class Evaluations:
         names = self.names(direction)
         rows = [["difference", *(COLUMNS[name].title for name in names)]]
         for arm, other in reference.items():
-            if not self.seeds(arm) or not self.seeds(other):
+            if not self._comparable(arm, other):
                 continue
             found = {name: self.against(arm, other, direction, name) for name in names}
             cells = [COLUMNS[name].interval(change, sign=True) for name, change in found.items()]
@@ -155,6 +168,10 @@ class Evaluations:
             cells = [f"**{cell}**" if clear else cell for cell, clear in zip(cells, bold, strict=True)]
             rows.append([f"{arm}, less {other}", *cells])
         return table(rows)
+
+    def _comparable(self, arm: str, other: str) -> bool:
+        """Whether both have runs, of pictures that were prepared alike: others are another task, and no pairs."""
+        return any(arm in arms and other in arms for arms in self._inputs().values())
 
     def as_json(self, reference: Mapping[str, str]) -> dict[str, Any]:
         """All values and intervals, and the differences; without those of single pictures."""
@@ -166,7 +183,7 @@ class Evaluations:
         differences = [
             {"arm": arm, "less": other, "direction": direction, "measure": name} | vars(change)
             for arm, other in reference.items()
-            if self.seeds(arm) and self.seeds(other)
+            if self._comparable(arm, other)
             for direction in DIRECTIONS
             for name in self.names(direction)
             if (change := self.against(arm, other, direction, name)) is not None

@@ -261,7 +261,12 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     evaluate.add_argument(
         "--weights", choices=("auto", "ema", "raw"), default="auto", help="averaged weights if there are any, or not"
     )
-    evaluate.add_argument("-o", "--out", metavar="FILE", help="JSON file to write (default: RUN/evaluation.json)")
+    evaluate.add_argument(
+        "-o",
+        "--out",
+        metavar="FILE",
+        help="JSON file to write (default: RUN/evaluation.json; none with --limit, --split train or --direction)",
+    )
     evaluate.add_argument(
         "--format", choices=("text", "json", "markdown"), default="text", help="of standard output (default text)"
     )
@@ -582,11 +587,16 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         precision=arguments.precision,
         progress=True,
     )
+    # First of all, as saving may fail: what was found took minutes.
+    print({"text": found.table, "markdown": found.markdown, "json": found.json}[arguments.format](), flush=True)
     checkpoint = Path(arguments.checkpoint)
-    out = arguments.out or (checkpoint / "evaluation.json" if checkpoint.is_dir() else None)
-    if out is not None:
-        found.save(out)
-    print({"text": found.table, "markdown": found.markdown, "json": found.json}[arguments.format]())
+    in_part = arguments.limit is not None or arguments.split != "test" or arguments.direction is not None
+    if arguments.out is not None:
+        found.save(arguments.out)
+    elif checkpoint.is_dir() and in_part:
+        print(f"{checkpoint / 'evaluation.json'} is for whole evaluations: -o FILE keeps this one", file=sys.stderr)
+    elif checkpoint.is_dir():
+        found.save(checkpoint / "evaluation.json")
     for name, reason in found.data["left_out"]:
         print(f"left out: {shown(name)}: {shown(reason)}", file=sys.stderr)
     return 1 if found.data["left_out"] else 0

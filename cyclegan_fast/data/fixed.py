@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cyclegan_fast.config import Config
-from cyclegan_fast.data.folder import DataError, Entry, Scan, subset
+from cyclegan_fast.data.folder import DataError, Entry, Scan, stem, subset
 from cyclegan_fast.data.photo import PhotoError, open_photo
 from cyclegan_fast.data.store import Preprocess
 from cyclegan_fast.ops.crop_flip import crop_flip
@@ -106,14 +106,16 @@ def _truth(domain: str, scans: Mapping[str, Scan], config: Config) -> list[Path]
     folder = Path(config.data.root) / f"truth{'B' if domain == 'A' else 'A'}"
     if f"test{domain}" not in scans or not folder.is_dir():
         return None
-    truths = [folder / entry.name for entry in used(f"test{domain}", scans, config)]
-    missing = [path for path in truths if not path.is_file()]
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    known = {stem(path.relative_to(folder).as_posix()): path for path in files}
+    pictures = used(f"test{domain}", scans, config)
+    missing = [entry.name for entry in pictures if stem(entry.name) not in known]
     if missing:
         _log.warning(
             "%s lacks %d of %d pictures of test%s, %s for instance: it is not used",
-            *(folder, len(missing), len(truths), domain, missing[0].name),
+            *(folder, len(missing), len(pictures), domain, missing[0]),
         )
-    return None if missing else truths
+    return None if missing else [known[stem(entry.name)] for entry in pictures]
 
 
 def _load(sets: Sequence[_Set], count: int, unreadable: str) -> list[list[Tensor]]:

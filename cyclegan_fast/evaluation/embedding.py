@@ -208,14 +208,16 @@ def program_embedding(path: str | Path) -> Embedding:
     network = program.module()
 
     def run(images: Tensor) -> Tensor:
-        return torch.cat([_run_program(network, part, declared.dtype, fixed) for part in images.split(fixed[0] or 16)])
+        return torch.cat(
+            [_run_program(path, network, part, declared.dtype, fixed) for part in images.split(fixed[0] or 16)]
+        )
 
     what = f"features of {path.name}"
     return Embedding("embedding", what, f"{what}: no FID, no KID unless they are Inception's", run)
 
 
 def _run_program(
-    network: Callable[[Tensor], Tensor], part: Tensor, dtype: torch.dtype, fixed: Sequence[int | None]
+    path: Path, network: Callable[[Tensor], Tensor], part: Tensor, dtype: torch.dtype, fixed: Sequence[int | None]
 ) -> Tensor:
     count = len(part)
     if fixed[0] is not None and count < fixed[0]:
@@ -225,7 +227,17 @@ def _run_program(
     if size != list(part.shape[2:]):
         x = F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
     x = (x * 255).round().to(torch.uint8) if dtype == torch.uint8 else x.to(dtype)
-    return network(x)[:count]
+    try:
+        made = network(x)
+    except Exception as error:  # whatever a program that was exported for other pictures makes torch raise
+        shape = " x ".join(map(str, x.shape))
+        raise EmbeddingError(f"{path} cannot take pictures of {shape} ({x.dtype}): {error}") from error
+    if isinstance(made, (tuple, list)) and len(made) == 1:
+        made = made[0]
+    if not isinstance(made, Tensor) or made.ndim == 0:
+        what = type(made).__name__ if not isinstance(made, Tensor) else "a single number"
+        raise EmbeddingError(f"{path} gives {what}: it must give one tensor [N, K]")
+    return made[:count]
 
 
 def _load_program(path: Path) -> torch.export.ExportedProgram:

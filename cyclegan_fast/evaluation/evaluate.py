@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -35,8 +35,16 @@ from cyclegan_fast.evaluation.embedding import (
     resampled,
 )
 from cyclegan_fast.evaluation.hallucination import hallucination, through_cycle
-from cyclegan_fast.evaluation.metrics import Interval, bootstrap, checkerboard, ms_ssim, ms_ssim_scales, psnr, ssim
-from cyclegan_fast.evaluation.photographic import colour_histogram, depth_of_field, exposure, histogram_distance, noise
+from cyclegan_fast.evaluation.metrics import (
+    Interval,
+    bootstrap,
+    bounded_psnr,
+    checkerboard,
+    ms_ssim,
+    ms_ssim_scales,
+    ssim,
+)
+from cyclegan_fast.evaluation.photographic import colour_histogram, colour_set_distance, depth_of_field, exposure, noise
 from cyclegan_fast.evaluation.result import MEASURES, UNDEFINED, Direction, Evaluation, Metric
 from cyclegan_fast.evaluation.sets import EvaluationSet, Side, open_set
 from cyclegan_fast.evaluation.wasserstein import PatchSet, linear_bootstrap, set_distance
@@ -58,6 +66,7 @@ _PATCHED_PICTURES = 500  # of a set, at most: patches of more would fill the mem
 _DEFACTO_SIZE = DataConfig.crop_size  # its test resizes to the training's crop, and cuts nothing off
 _ROUND_TRIP = ("cycle_l1", "cycle_psnr", "cycle_ssim", "hallucination", "hallucination_area")
 _FID = ("fid", "kid")
+_LINEAR = ("swd", "swd_colour", "colour_distance")  # whose influences are known
 
 
 def evaluate(
@@ -89,6 +98,8 @@ def evaluate(
     Raises CheckpointError, WeightsError, DataError and InputError, which all are InputErrors, naming what is wrong.
     """
     begin = time.monotonic()
+    if not is_weights(checkpoint):
+        checkpoint = find_checkpoint(Path(checkpoint), which)  # once: a training may go on meanwhile
     translator = load(checkpoint, which=which, device=device, precision=precision, weights=weights)
     embeddings = [_given_embedding(embedding)] if embedding is not None else []
     config, origin = _origin(checkpoint, which)
@@ -108,6 +119,8 @@ def evaluate(
         "device": str(translator.device),
         "precision": translator.precision,
         **origin,
+        "weights": weights,
+        "embeddings": [embedding.title for embedding in embeddings],
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - begin, 2),
     }
@@ -126,7 +139,7 @@ def _origin(checkpoint: str | Path, which: str) -> tuple[Config, dict[str, Any]]
         identity = LossConfig.identity if model.channels_A == model.channels_B else 0.0
         config = Config(data=data, model=model, loss=LossConfig(identity=identity))
         return config, {"checkpoint": Path(checkpoint).name, "step": None, "epoch": None}
-    file = find_checkpoint(Path(checkpoint), which)
+    file = Path(checkpoint)
     content = read_checkpoint(file)
     position = content.get("position", {})
     config = from_dict(upgraded(content["config"]))
@@ -198,6 +211,7 @@ class _Work:
         self.at_once = max(1, _PIXELS_AT_ONCE // math.prod(pictures.size))
         counts = [min(len(side), _PATCHED_PICTURES) for side in pictures.sides.values()]
         self.patches = _PATCHES * min(counts)
+        self._notes = {"ms_ssim": f"{ms_ssim_scales(*pictures.size)} scales; compare equal numbers only"}
         self._real: dict[str, Values] = {}
         self._sets: dict[str, _Summary] = {}
 
@@ -208,7 +222,10 @@ class _Work:
         made, values = self._translate(direction)
         before = self._singles_of(source) | self._untouched(source) if self.alike else {}
         goal = self._singles_of(target)
-        metrics = {name: _of_pictures(name, found, before.get(name), goal.get(name)) for name, found in values.items()}
+        metrics = {
+            name: _of_pictures(name, found, before.get(name), goal.get(name), self._notes.get(name, ""))
+            for name, found in values.items()
+        }
         if self.alike:
             gain = values["separation"] - before["separation"]
             metrics["depth_of_field_gain"] = self._gain(source, gain, before["separation"])
@@ -241,13 +258,13 @@ class _Work:
         exact, back = self.translator.cycle(signed, direction)
         there, again = _bytes(exact), _bytes(back)
         values = {"cycle_l1": _mean_absolute(again, images)}
-        values |= {"cycle_psnr": psnr(again, images).numpy(), "cycle_ssim": ssim(again, images).numpy()}
+        values |= {"cycle_psnr": bounded_psnr(again, images).numpy(), "cycle_ssim": ssim(again, images).numpy()}
         if self.alike:
             other = _reverse(direction)
             _, kept = through_cycle(
                 lambda _: exact, lambda picture: self.translator.translate(picture, other), signed, seed=start
             )
-            found = hallucination(images, there, _bytes(kept))
+            found = hallucination(_colours(images), _colours(there), _colours(_bytes(kept)))
             values["hallucination"] = 100 * found.share.numpy()
             values["hallucination_area"] = 100 * found.area.numpy()
         return there, values
@@ -262,7 +279,7 @@ class _Work:
         if known:
             mine, theirs = images[known], torch.from_numpy(truth.side[[truth.places[start + i] for i in known]])
             scales = ms_ssim_scales(*self.pictures.size)
-            found = psnr(mine, theirs), ssim(mine, theirs), ms_ssim(mine, theirs, scales=scales)
+            found = bounded_psnr(mine, theirs), ssim(mine, theirs), ms_ssim(mine, theirs, scales=scales)
             for each, value in zip(values.values(), found, strict=True):
                 each[known] = value.numpy()
         return values
@@ -289,7 +306,8 @@ class _Work:
             known = sorted(truth.places)
             separation = _joined([_depth(images) for _, images in self._batches(truth.side)])["separation"]
             target = _mean(separation[[truth.places[i] for i in known]] - before[known])
-        return Metric("depth_of_field_gain", _mean(gain), target=target, note="target: what the truth gains")
+        note = "" if target is None else "target: what the truth gains"
+        return Metric("depth_of_field_gain", _mean(gain), target=target, note=note)
 
     def _identity(self, direction: str) -> dict[str, Metric]:
         """The change that a generator makes to pictures that are of its target domain already."""
@@ -310,22 +328,23 @@ class _Work:
         source, target = direction[0], direction[-1]
         goal = self._summary(target, self.pictures.sides[target])
         found = self._summarised(_Translations(made))
-        others: dict[str, _Summary | None] = {"untouched": None, "target": None}
+        sets = {"value": found}
         if self.alike:
-            others["untouched"] = self._summary(source, self.pictures.sides[source])
+            sets["untouched"] = self._summary(source, self.pictures.sides[source])
         truth = self.pictures.truth.get(source)
         if truth is not None and not self.pictures.paired and len(truth.side) == len(made):
-            others["target"] = self._summary(f"truth of {source}", truth.side)
-        metrics: dict[str, Metric] = {}
-        for name, note in self._set_measures(goal, found):
-            beside = {key: None if other is None else goal.distance(name, other) for key, other in others.items()}
-            metrics[name] = Metric(name, goal.distance(name, found), **beside, note=note)
-        return metrics
+            sets["target"] = self._summary(f"truth of {source}", truth.side)
+        return {
+            name: Metric(name, **goal.distances(name, sets), note=note)
+            for name, note in self._set_measures(goal, found)
+        }
 
     def _set_measures(self, goal: _Summary, found: _Summary) -> Iterator[tuple[str, str]]:
         """Names and notes of the measures of sets."""
         count = min(goal.patches.count, found.patches.count)
         note = f"{_PATCHES} patches each of {count} pictures; compare equal numbers only"
+        if self.pictures.paired:
+            note += "; both sets show the same scenes, which makes the interval too wide"
         yield from (("swd", note), ("swd_colour", note), ("colour_distance", ""))
         for embedding in self.embeddings:
             names = _FID if embedding.key == "inception" else (f"frechet_{embedding.key}", f"kernel_{embedding.key}")
@@ -403,32 +422,34 @@ class _Summary:
     def __init__(self, patches: PatchSet, histograms: Floats, found: dict[str, Floats]) -> None:
         self.patches, self.histograms, self.features = patches, histograms, found
 
-    def distance(self, name: str, other: _Summary) -> Interval:
-        """One measure of how far another set is from this one."""
-        if name in ("swd", "swd_colour"):
-            statistics = "own" if name == "swd" else "reference"
-            value, *influences = set_distance(self.patches, other.patches, statistics=statistics)
-            return _not_negative(linear_bootstrap(value, influences))
-        if name == "colour_distance":
-            return _colour_distance(self.histograms, other.histograms)
+    def distances(self, name: str, sets: Mapping[str, _Summary]) -> dict[str, Interval]:
+        """One measure of how far other sets are from this one, and how much farther ``value`` is than ``untouched``.
+
+        The ``difference`` is there where influences are known. They subtract as the distances do, picture by picture:
+        a translation is drawn together with its source, and both distances see one choice of this set.
+        """
+        if name not in _LINEAR:
+            return {key: self._resampled(name, other) for key, other in sets.items()}
+        parts = {key: self._influences(name, other) for key, other in sets.items()}
+        found = {key: _not_negative(linear_bootstrap(value, each)) for key, (value, *each) in parts.items()}
+        if "untouched" in parts:
+            (value, *after), (value_before, *before) = parts["value"], parts["untouched"]
+            each = [now - then for now, then in zip(after, before, strict=True)]
+            found["difference"] = linear_bootstrap(value - value_before, each)
+        return found
+
+    def _resampled(self, name: str, other: _Summary) -> Interval:
         kind, _, key = name.partition("_")
         formula = frechet_distance if kind in ("fid", "frechet") else kernel_distance
         key = key or "inception"
         found = resampled(formula, self.features[key], other.features[key])
         return _not_negative(found) if formula is frechet_distance else found
 
-
-def _colour_distance(reference: Floats, other: Floats) -> Interval:
-    """Distance of the mean histograms [D, B] of two sets [N, D, B], with its bootstrap by influences."""
-    means = [histograms.mean(axis=0) for histograms in (reference, other)]
-    value = float(histogram_distance(*(torch.from_numpy(mean) for mean in means)))
-    signs = np.sign(means[1] - means[0])
-    # Of a picture, the distance's derivative by its weight: an integral over the bins, as for any Wasserstein distance.
-    own, theirs = (
-        2 * np.tensordot(histograms - mean, signs, axes=2) / len(signs)
-        for histograms, mean in zip((reference, other), means, strict=True)
-    )
-    return _not_negative(linear_bootstrap(value, (-own, theirs)))
+    def _influences(self, name: str, other: _Summary) -> tuple[float, Floats, Floats]:
+        """The distance of another set, and the influence on it of each picture of this one and of the other."""
+        if name == "colour_distance":
+            return colour_set_distance(self.histograms, other.histograms)
+        return set_distance(self.patches, other.patches, statistics="own" if name == "swd" else "reference")
 
 
 def _not_negative(interval: Interval) -> Interval:
@@ -463,11 +484,11 @@ def _colours(images: Tensor) -> Tensor:
     return images[:, :1] if images.shape[1] < 3 else images[:, :3]
 
 
-def _of_pictures(name: str, found: Floats, before: Floats | None, goal: Floats | None) -> Metric:
+def _of_pictures(name: str, found: Floats, before: Floats | None, goal: Floats | None, note: str) -> Metric:
     """A measure of single pictures: means over them."""
     difference = None if before is None else _mean(found - before)
-    lost = int(np.isnan(found).sum())
-    note = f"of {len(found) - lost} pictures; for {lost} it is not known" if lost else ""
+    if lost := int(np.isnan(found).sum()):
+        note = "; ".join(filter(None, [f"of {len(found) - lost} pictures; for {lost} it is not known", note]))
     untouched, target = (None if values is None else _mean(values) for values in (before, goal))
     return Metric(name, _mean(found), untouched, target, difference, note)
 

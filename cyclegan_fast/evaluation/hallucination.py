@@ -49,14 +49,13 @@ class Hallucination:
     ``share``: the energy of what was invented and kept over that of all change y - x, 0 to 1; a change of 1 level is
     added to the latter, so that a translation that changes nothing has no share. ``area``: the share of the pixels in
     which it is above 12 levels. ``energy``: its mean square in shares of the range (a PSNR's error). ``map``: its root
-    mean square over channels, levels [N, h, w]. ``invented``: itself, signed, in shares of the range [N, C, h, w].
+    mean square over channels, levels [N, h, w].
     """
 
     share: Tensor
     area: Tensor
     energy: Tensor
     map: Tensor
-    invented: Tensor
 
 
 def hallucination(
@@ -88,7 +87,6 @@ def hallucination(
         area=(square > _SEEN**2).double().mean(dim=(1, 2)),
         energy=energy,
         map=255 * square.sqrt(),
-        invented=invented,
     )
 
 

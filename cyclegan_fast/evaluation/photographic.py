@@ -11,17 +11,17 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cyclegan_fast.errors import InputError
-from cyclegan_fast.evaluation.metrics import Pictures, Range, as_batch
+from cyclegan_fast.evaluation.metrics import Floats, Pictures, Range, as_batch
 
 __all__ = [
     "DepthOfField",
     "Exposure",
-    "colour_distance",
     "colour_histogram",
     "colour_set_distance",
     "depth_of_field",
@@ -66,9 +66,9 @@ def depth_of_field(images: Pictures, subject: Tensor | None = None, *, value_ran
     """How much sharper the subject is than the rest of the frame: ``separation`` in octaves, 0 for equally sharp.
 
     With ``subject``, bool [N, H, W], it is the blocks of `sharpness_map` at least three quarters inside against those
-    wholly outside; NaN where there are none. Without, the background is the outer sixth of the frame, and the subject
-    is taken for the sharpest quarter of the blocks of the middle: a rule that flatters pictures without a subject, all
-    alike, so that differences between pictures of the same scenes mean more than values.
+    wholly outside; NaN where there are none. Without, the background is a border of 3/16 of the short side, and the
+    subject is taken for the sharpest quarter of the blocks of the middle: a rule that flatters pictures without a
+    subject, all alike, so that differences between pictures of the same scenes mean more than values.
 
     The gain of a translation is its separation less that of its input. Less than 1 level, which rounding to 8 bits
     makes by itself, counts as 1: a flat picture has no separation.
@@ -106,7 +106,7 @@ def _blocks(height: int, width: int) -> tuple[int, int]:
 
 
 def _by_rule(sharpness: Tensor) -> tuple[Tensor, Tensor]:
-    """(the sharpest quarter of the middle, the outer sixth), bool [N, h, w]."""
+    """(the sharpest quarter of the middle, the border), bool [N, h, w]."""
     down, right = (round(side / 6) for side in sharpness.shape[1:])
     outside = torch.ones_like(sharpness, dtype=torch.bool)
     outside[:, down:-down, right:-right] = False
@@ -260,33 +260,31 @@ def colour_histogram(images: Pictures, *, value_range: Range = None) -> Tensor:
 
 
 def histogram_distance(first: Tensor, second: Tensor) -> Tensor:
-    """Distance of colour histograms [..., 48, 301], which are broadcast; units of CIELAB (see `colour_distance`)."""
-    return 2 * (first - second).abs().sum(dim=-1).mean(dim=-1)
-
-
-def colour_distance(images: Pictures, reference: Pictures, *, value_range: Range = None) -> Tensor:
-    """How far the colours of each picture are from those of a reference set, in units of CIELAB (Delta E 1976); [N].
+    """Distance of colour histograms [..., 48, 301], which are broadcast, in units of CIELAB (Delta E 1976).
 
     Twice the sliced Wasserstein distance (Rabin et al. 2011) of the pixels' colours, that is the mean work of moving
     one set of colours to the other, seen along 48 directions: places do not count, nor how colours are binned. It is
-    0 for equal histograms, d (within 2 %) where all colours are shifted by d, and never above the earth mover's
-    distance. Pictures of the set count alike, whatever their number. About 2 is just seen side by side.
+    0 for equal histograms and d (within 2 %) where all colours are shifted by d. About 2 is just seen side by side.
 
     A picture of few colours is far from a set of many: compare with the same value of the set's own pictures.
     """
-    return histogram_distance(
-        colour_histogram(images, value_range=value_range),
-        colour_histogram(reference, value_range=value_range).mean(dim=0),
-    )
+    return 2 * (first - second).abs().sum(dim=-1).mean(dim=-1)
 
 
-def colour_set_distance(images: Pictures, reference: Pictures, *, value_range: Range = None) -> float:
-    """How far the colours of a whole set are from those of a reference set: `colour_distance` of their mean histograms.
+def colour_set_distance(reference: Floats, other: Floats) -> tuple[float, Floats, Floats]:
+    """How far the colours of a set are from those of a reference set, and the influence of each picture on that.
 
-    At most the mean of the pictures' distances; two sets of one kind come near 0.
+    Of colour histograms [N, 48, 301] and [M, 48, 301]: `histogram_distance` of the sets' means, so that pictures count
+    alike; and for `wasserstein.linear_bootstrap` its derivatives by their weights, [N] and [M], of mean 0.
     """
-    both = [colour_histogram(pictures, value_range=value_range).mean(dim=0) for pictures in (images, reference)]
-    return float(histogram_distance(*both))
+    means = [histograms.mean(axis=0) for histograms in (reference, other)]
+    value = float(histogram_distance(*(torch.from_numpy(mean) for mean in means)))
+    signs = np.sign(means[1] - means[0])
+    own, theirs = (
+        2 * np.tensordot(histograms - mean, signs, axes=2) / len(signs)
+        for histograms, mean in zip((reference, other), means, strict=True)
+    )
+    return value, -own, theirs
 
 
 def _histogram(batch: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ class Metric:
 
     ``value`` of the translations, ``untouched`` of the input pictures themselves, ``target`` of real pictures of the
     target domain, ``difference`` of the translations from the untouched, picture by picture; None where that means
-    nothing. What is infinite or undefined is NaN here and null in JSON.
+    nothing or is not known. What is undefined is NaN here and null in JSON.
     """
 
     name: str
@@ -95,6 +95,18 @@ class Metric:
     def kind(self) -> Kind:
         """What this is a measure of."""
         return MEASURES[self.name]
+
+    @property
+    def verdict(self) -> str:
+        """Of the difference from the untouched: better, worse, or not clear, where its interval holds 0.
+
+        Empty where there is none, and where the target decides, not more or less.
+        """
+        if self.difference is None or not math.isfinite(self.difference.low) or self.kind.better == 0:
+            return ""
+        if self.difference.low <= 0 <= self.difference.high:
+            return "not clear"
+        return "better" if (self.difference.low > 0) == (self.kind.better > 0) else "worse"
 
     def to_dict(self) -> dict[str, Any]:
         """As in evaluation.json."""
@@ -178,10 +190,11 @@ class Evaluation:
         return "\n\n".join([*parts, _EXPLAINED, *(["\n".join(missing)] if missing else [])])
 
 
-_HEADINGS = ("", "input", "translated", "95 % interval", "target", "better")
+_HEADINGS = ("", "input", "translated", "95 % interval", "target", "wanted", "against the input")
 _EXPLAINED = (
-    "input: the same measure of the untouched pictures. target: of real pictures of the other domain. The intervals "
-    "are for another choice of as many pictures, not for another training."
+    "input: the same measure of the untouched pictures. target: of real pictures of the other domain. The intervals, "
+    "that of the difference from the input too, are for another choice of as many pictures, not for another training; "
+    "where it holds 0, the difference is not clear."
 )
 
 
@@ -205,10 +218,19 @@ def _rows(metrics: dict[str, Metric]) -> list[tuple[str, ...]]:
             unit = f", {metric.kind.unit}" if metric.kind.unit else ""
             interval = f"{_figure(metric.value.low)} to {_figure(metric.value.high)}"
             figures = [_cell(each) for each in (metric.untouched, metric.value, metric.target)]
-            known = math.isfinite(metric.value.low)
-            better = _BETTER[metric.kind.better]
-            rows.append((metric.kind.title + unit, *figures[:2], interval if known else "-", figures[2], better))
+            cells = (*figures[:2], interval if math.isfinite(metric.value.low) else "-", figures[2])
+            rows.append((metric.kind.title + unit, *cells, _BETTER[metric.kind.better], _difference(metric)))
     return rows
+
+
+def _difference(metric: Metric) -> str:
+    """+1.125 (0.791 to 1.470), better."""
+    found = metric.difference
+    if found is None or not math.isfinite(found.low):
+        return ""
+    sign = "+" if found.value > 0 else ""
+    text = f"{sign}{_figure(found.value)} ({_figure(found.low)} to {_figure(found.high)})"
+    return f"{text}, {metric.verdict}" if metric.verdict else text
 
 
 def _cell(interval: Interval | None) -> str:
@@ -216,11 +238,14 @@ def _cell(interval: Interval | None) -> str:
 
 
 def _figure(value: float) -> str:
-    """Four digits, three of them behind the point at most: 0.0123, 1.234, 23.46, 1235."""
+    """Four digits, or four behind the point: 0.0123, 1.234, 23.46, 1235; in powers of ten below that, 2.1e-05."""
     if not math.isfinite(value):
         return "-"
-    digits = 3 if value == 0 else max(0, min(4, 3 - math.floor(math.log10(abs(value)))))
-    return f"{value:.{digits}f}"
+    if 0 < abs(value) < 0.001:
+        return f"{value:.1e}"
+    rounded = float(f"{value:.3e}")  # 9.9996 has two digits before the point
+    digits = 3 if value == 0 else max(0, min(4, 3 - math.floor(math.log10(abs(rounded)))))
+    return f"{rounded:.{digits}f}"
 
 
 def _text(metrics: dict[str, Metric]) -> str:
@@ -229,14 +254,15 @@ def _text(metrics: dict[str, Metric]) -> str:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = []
     for first, *rest in [_HEADINGS, *rows]:
-        cells = [cell.rjust(width) for cell, width in zip(rest[:-1], widths[1:-1], strict=True)] if rest else []
-        lines.append("  ".join([first.ljust(widths[0]), *cells, *rest[-1:]]).rstrip())
+        cells = [cell.rjust(width) for cell, width in zip(rest[:-2], widths[1:-2], strict=True)] if rest else []
+        words = [cell.ljust(width) for cell, width in zip(rest[-2:], widths[-2:], strict=True)] if rest else []
+        lines.append("  ".join([first.ljust(widths[0]), *cells, *words]).rstrip())
     return "\n".join(lines)
 
 
 def _markdown(metrics: dict[str, Metric]) -> str:
-    rows = [row if len(row) > 1 else (f"*{row[0]}*", *[""] * 5) for row in _rows(metrics)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [_HEADINGS, ("---", *["--:"] * 4, "---"), *rows])
+    rows = [row if len(row) > 1 else (f"*{row[0]}*", *[""] * 6) for row in _rows(metrics)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [_HEADINGS, ("---", *["--:"] * 4, "---", "---"), *rows])
 
 
 def _number(value: float) -> float | None:

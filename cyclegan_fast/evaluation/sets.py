@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -110,13 +111,13 @@ def open_set(
     ``limit``: a random subset of each domain by the configuration's seed; None: ``data.limit_test``, if it is its set.
 
     Files that cannot be used are left out, by name. Raises DataError for folders that are missing, for fewer than
-    FEWEST pictures in a domain, and for pictures that are too small.
+    FEWEST pictures in a domain, for pictures that are too small, and for a truth of another size than its picture.
     """
     if split not in ("test", "train"):
         raise DataError(f"split = {split!r} is not one of test, train")
     if root is None:
         limit = _own_limit(config, split) if limit is None else limit
-        _render(config)
+        _render(config, progress)
     folder = Path(config.data.root if root is None else root)
     scans, halves = _scan(folder, split, progress)
     truths = {} if pairs or halves or split != "test" else _scan_truth(folder, progress)
@@ -150,7 +151,7 @@ def _own_limit(config: Config, split: str) -> int | None:
     return config.data.limit_test if split == "test" else config.data.limit_train
 
 
-def _render(config: Config) -> None:
+def _render(config: Config, progress: bool) -> None:
     """Render the configuration's synthetic flowers, if they are not there."""
     data = config.data
     if data.source == "synthetic" and not Path(data.root).exists():
@@ -163,7 +164,7 @@ def _render(config: Config) -> None:
             aligned=data.pairing == "aligned",
             styles=data.synthetic_styles,
             workers=data.workers,
-            progress=True,
+            progress=progress,
         )
 
 
@@ -248,9 +249,24 @@ def _window(folder: Path, config: Config, stores: Sequence[Store]) -> tuple[int,
 
 
 def _matched(side: Side, truth: Side) -> Truth:
-    """The places of the pictures' truth, by their names, suffix apart."""
+    """The places of the pictures' truth, by their names, suffix apart.
+
+    Raises DataError for a truth of another size, whose middle shows something else, and where names do not tell.
+    """
+    for names in (side.names, truth.names):
+        twice = next((name for name, count in Counter(map(stem, names)).items() if count > 1), None)
+        if twice is not None:
+            alike = " and ".join(name for name in names if stem(name) == twice)
+            raise DataError(f"{alike} have one name, suffix apart: which has which truth cannot be told; rename one")
     places = {stem(name): place for place, name in enumerate(truth.names)}
     known = {i: places[stem(name)] for i, name in enumerate(side.names) if stem(name) in places}
+    for i, place in known.items():
+        own, other = (tuple(map(int, store.sizes[at])) for store, at in ((side.store, i), (truth.store, place)))
+        if own != other:
+            raise DataError(
+                f"{side.names[i]} has {own[1]} x {own[0]} pixels and its truth {other[1]} x {other[0]}: they must show "
+                "the same, pixel by pixel; repair them, or train with data.preprocess=resize_and_crop"
+            )
     return Truth(truth, known)
 
 

@@ -77,8 +77,9 @@ class Familiarity:
         kind = "test pictures" if self.held_out == "test" else "training pictures left out"
         others = f"all {self.among}" if self.nearer == self.among else f"{self.nearer} of {self.among}"
         like = "unlike" if self.unfamiliar else "like"
+        times = f"{self.distance:.1f}" if self.distance < 10 else f"{min(self.distance, 999):.0f}"
         return (
-            f"{like} the training pictures: in {self.aspect} {min(self.distance, 999):.2g} times the usual limit, "
+            f"{like} the training pictures: in {self.aspect} {times} times the usual limit, "
             f"further from them than {others} {kind}"
         )
 

@@ -45,11 +45,12 @@ class Best:
         )
 
     def update(self, value: float, step: int, *, counts: bool = True) -> None:
-        """Take in what was measured after a step. NaN, which a test picture may give, is never the best.
+        """Take in what was measured after a step. What is not finite, as a test picture may make it, is never the best.
 
         counts: whether it is one for the patience; that at the end of a run, which may yet go on, is not.
         """
-        if value > self.value if self.wanted in HIGHER else value < self.value:
+        better = value > self.value if self.wanted in HIGHER else value < self.value
+        if better and math.isfinite(value):
             self.value, self.step, self.since = value, step, 0
         else:
             self.since += counts

@@ -4,7 +4,7 @@
     test_swd_AtoB         sliced Wasserstein distance of the translations from the real pictures of B, each set
                           normalised by its own statistics, the mean of the pyramid's levels
     test_swd_colour_AtoB  both normalised by those of the real pictures, so that a colour cast and contrast count
-    test_psnr_AtoB        dB, mean over the pictures; where the truth is known
+    test_psnr_AtoB        dB, mean over the pictures, each bounded (`bounded_psnr`); where the truth is known
     test_ssim_AtoB        likewise
 
 and so for BtoA, as `evaluation.metrics` defines them, of the generators' output as it is, not rounded to 8 bits. A
@@ -24,7 +24,7 @@ from torch import Tensor
 from cyclegan_fast.config import Config, ConfigError
 from cyclegan_fast.data.fixed import FixedPictures, load_measured
 from cyclegan_fast.data.folder import Scan
-from cyclegan_fast.evaluation.metrics import ReferenceSet, psnr, ssim
+from cyclegan_fast.evaluation.metrics import ReferenceSet, bounded_psnr, ssim
 from cyclegan_fast.training.best import METRICS
 from cyclegan_fast.training.samples import BaseSamples
 
@@ -37,7 +37,7 @@ _SMALLEST = {"swd": 16, "swd_colour": 16, "psnr": 1, "ssim": 11}  # sides, pixel
 # Half and a quarter of the usual: the same places and directions at every look, so that less of them adds no noise.
 _SAMPLING: dict[str, Any] = {"patches": 64, "directions": 128}
 _STATISTICS = {"swd": "own", "swd_colour": "reference"}
-_AGAINST_TRUTH = {"psnr": psnr, "ssim": ssim}
+_AGAINST_TRUTH = {"psnr": bounded_psnr, "ssim": ssim}
 
 
 def open_measures(config: Config, scans: Mapping[str, Scan], samples: BaseSamples[Any]) -> Measures:

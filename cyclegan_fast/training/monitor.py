@@ -288,7 +288,9 @@ class _Lines:
 
     def write(self, record: dict[str, Any]) -> None:
         if len(self._waiting) < _WAITING_BYTES:
-            self._waiting += json.dumps(record).encode() + b"\n"
+            # JSON has no NaN and no infinity: null, which a reader cannot take for a number.
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+            self._waiting += json.dumps(finite, allow_nan=False).encode() + b"\n"
         self.flush()
 
     def flush(self) -> None:

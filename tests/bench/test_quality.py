@@ -53,3 +53,14 @@ def test_numbers_are_shown_in_their_unit() -> None:
     assert COLUMNS["psnr"].shown(-0.001, sign=True) == "+0.00"
     assert COLUMNS["psnr"].shown(None) == ""
     assert COLUMNS["psnr"].interval({"value": None, "low": None, "high": None}) == ""
+
+
+def test_arms_of_other_inputs_are_not_compared() -> None:
+    other = evaluation(12.0, [2.0, 3.0])
+    other["directions"]["AtoB"]["metrics"]["psnr"]["untouched"] = {"value": 14.0}
+    evaluations = Evaluations({("a", 0): evaluation(10.0, [1.0, 2.0]), ("b", 0): other})
+    levels = evaluations.levels_table("AtoB")
+    assert "| input, untouched, as prepared for a |  | 15.00 |" in levels
+    assert "| input, untouched, as prepared for b |  | 14.00 |" in levels
+    assert len(evaluations.differences_table("AtoB", {"b": "a"})) == 2  # the heading alone
+    assert evaluations.as_json({"b": "a"})["differences"] == []

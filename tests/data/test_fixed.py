@@ -79,6 +79,15 @@ def test_a_truth_with_gaps_is_not_used(root: Path, caplog: pytest.LogCaptureFixt
     assert "truthB lacks 1 of 4 pictures of testA, d.png for instance: it is not used" in caplog.text
 
 
+def test_the_truth_may_be_of_another_format(root: Path) -> None:
+    """As `evaluate` takes it: the name counts, suffix apart."""
+    for path in [path for path in (root / "truthB").rglob("*") if path.is_file()]:
+        Image.open(path).save(path.with_suffix(".tif"))
+        path.unlink()
+    pictures = measured(root)
+    assert_negatives(pictures.real_A, pictures.true_B)
+
+
 def test_a_truth_of_another_size_is_refused(root: Path) -> None:
     save(picture(0, (80, 80)), root / "truthB" / "a.png")
     with pytest.raises(

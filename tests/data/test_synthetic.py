@@ -16,7 +16,7 @@ from PIL import Image
 from cyclegan_fast.data import synthetic
 from cyclegan_fast.data._camera import PHONE, Exposure, Lens, disc_blur, dslr
 from cyclegan_fast.data.folder import DataError
-from cyclegan_fast.data.synthetic import ensure_dataset, render_dslr, render_pair, render_phone, scene
+from cyclegan_fast.data.synthetic import ensure_dataset, render_dslr, render_pair, render_phone, scene, scene_of
 
 SEED = 3
 PAIRS = 12
@@ -211,6 +211,25 @@ def test_truth_is_the_other_rendering_of_the_test_scene(tmp_path: Path) -> None:
                 drawn = phone if folder.endswith("A") else reflex
                 # JPEG at quality 95 is a few levels off.
                 assert np.abs(np.asarray(stored).astype(int) - drawn).mean() < 4
+
+
+def test_the_scene_of_a_picture(tmp_path: Path) -> None:
+    """Known of a rendered set's pictures alone: by these a true subject is found."""
+    root = ensure_dataset(tmp_path / "set", train=2, test=2, size=16, seed=5)
+    for split in ("testA", "truthB"):
+        for number, file in enumerate(sorted((root / split).iterdir())):
+            seed, index = scene_of(file) or (-1, -1)
+            assert (seed, f"{index:06d}.jpg") == (5, file.name), number
+    assert scene_of(root / "testA" / "flower.jpg") is None
+    assert scene_of(root / "testA" / "2.jpg") is None  # no name that it gives
+    assert scene_of(tmp_path / "other" / "testA" / "000002.jpg") is None
+    index = json.loads((root / "synthetic.json").read_text())
+    some = sorted((root / "testA").iterdir())[0]
+    for other in (index | {"format": 1}, index | {"made_by": "another"}, index | {"seed": -1}, index | {"seed": None}):
+        (root / "synthetic.json").write_text(json.dumps(other))
+        assert scene_of(some) is None, other
+    (root / "synthetic.json").write_text("{")
+    assert scene_of(some) is None
 
 
 def test_processes_do_not_change_a_byte(tmp_path: Path) -> None:

@@ -81,6 +81,16 @@ def test_kernel_distance_is_its_definition() -> None:
     assert kernel_distance(x, y) == pytest.approx(own + other - 2 * between, rel=1e-12)
 
 
+def test_torchmetrics_computes_the_same() -> None:
+    fid, kid = pytest.importorskip("torchmetrics.image.fid"), pytest.importorskip("torchmetrics.image.kid")
+    random = np.random.default_rng(7)
+    first, second = (random.standard_normal((60, 8)) @ random.standard_normal((8, 8)) + i for i in range(2))
+    moments = [torch.from_numpy(part) for rows in (first, second) for part in (rows.mean(axis=0), np.cov(rows.T))]
+    assert frechet_distance(first, second) == pytest.approx(float(fid._compute_fid(*moments)), rel=1e-9)
+    expected = float(kid.poly_mmd(torch.from_numpy(first), torch.from_numpy(second)))
+    assert kernel_distance(first, second) == pytest.approx(expected, rel=1e-9)
+
+
 def test_kernel_distance_has_no_bias_and_frechet_has() -> None:
     """Of two samples of one distribution the one is 0 on average, and the other far from it."""
     random = np.random.default_rng(3)
@@ -168,6 +178,28 @@ class Unpickled:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Path.touch, (self.mark,)
+
+
+class Wrapped(nn.Module):
+    """Means, as ``kind`` says: alone in a tuple, twice, in a dict, or as one number."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Any:
+        means = x.float().mean(dim=(2, 3))
+        return {"one": (means,), "two": (means, means), "dict": {"a": means}, "number": means.sum()}[self.kind]
+
+
+def test_what_programs_give(tmp_path: Path) -> None:
+    pictures = batch(3)
+    for kind, words in (("two", "gives tuple"), ("dict", "gives dict"), ("number", "gives a single number")):
+        wrong = program_embedding(program(tmp_path / f"{kind}.pt2", Wrapped(kind), pictures.float()))
+        with pytest.raises(EmbeddingError, match=rf"{kind}\.pt2 {words}: it must give one tensor"):
+            features(wrong, [pictures])
+    one = program_embedding(program(tmp_path / "one.pt2", Wrapped("one"), pictures.float()))
+    assert features(one, [pictures]).shape == (3, 3)
 
 
 def test_programs_that_are_refused(tmp_path: Path) -> None:

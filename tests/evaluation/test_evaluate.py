@@ -21,8 +21,11 @@ from cyclegan_fast.config import Config, from_dict, to_dict
 from cyclegan_fast.data.folder import DataError
 from cyclegan_fast.errors import InputError
 from cyclegan_fast.evaluation import evaluate as module
+from cyclegan_fast.evaluation import result
 from cyclegan_fast.evaluation.evaluate import measure
-from cyclegan_fast.evaluation.metrics import Interval, sliced_wasserstein
+from cyclegan_fast.evaluation.hallucination import hallucination, through_cycle
+from cyclegan_fast.evaluation.metrics import Interval, checkerboard, ms_ssim, psnr, sliced_wasserstein, ssim
+from cyclegan_fast.evaluation.photographic import depth_of_field, exposure, noise
 from cyclegan_fast.evaluation.result import MEASURES, Evaluation
 from cyclegan_fast.evaluation.sets import FEWEST, open_set
 from cyclegan_fast.inference.translate import Translator
@@ -32,6 +35,7 @@ from cyclegan_fast.training.checkpoint import step_path, write_checkpoint
 
 SIZE = 48
 COUNT = 6
+EQUAL = 20 * math.log10(255) + 10 * math.log10(3 * SIZE**2)  # dB: one sample wrong by one level
 
 
 def pixels(seed: int, channels: int = 3, size: int = SIZE) -> np.ndarray:
@@ -119,13 +123,12 @@ def test_generators_that_change_nothing(flowers: Path) -> None:
             assert near(metrics[name].difference, Interval(0, 0, 0)), name
         for name in ("swd", "swd_colour", "colour_distance"):
             assert near(metrics[name].value, metrics[name].untouched), name
+            assert near(metrics[name].difference, Interval(0, 0, 0)), name
+            assert metrics[name].verdict == "not clear"
         for name in ("cycle_l1", "identity_l1", "depth_of_field_gain", "hallucination", "hallucination_area"):
             assert metrics[name].value.value == pytest.approx(0, abs=1e-9), name
         assert metrics["cycle_ssim"].value.value == pytest.approx(1, abs=1e-9)
-        assert math.isnan(metrics["cycle_psnr"].value.value)
-    content = json.loads(found.json())
-    assert content["directions"]["AtoB"]["metrics"]["cycle_psnr"]["value"] is None
-    assert content["directions"]["AtoB"]["pictures"][0]["cycle_psnr"] is None
+        assert metrics["cycle_psnr"].value.value == pytest.approx(EQUAL)
 
 
 def test_generators_that_give_the_truth(flowers: Path) -> None:
@@ -134,7 +137,7 @@ def test_generators_that_give_the_truth(flowers: Path) -> None:
         metrics = found.directions[direction].metrics
         assert metrics["ssim"].value.value == pytest.approx(1, abs=1e-9)
         assert metrics["ms_ssim"].value.value == pytest.approx(1, abs=1e-9)
-        assert math.isnan(metrics["psnr"].value.value)  # infinite
+        assert metrics["psnr"].value.value == pytest.approx(EQUAL)
         assert math.isfinite(metrics["psnr"].untouched.value)
         # Nothing is nearer to the real pictures than the truth is.
         for name in ("swd", "swd_colour", "colour_distance"):
@@ -151,11 +154,7 @@ def test_generators_that_give_the_truth(flowers: Path) -> None:
 
 def test_set_distances_are_those_of_the_metrics(flowers: Path) -> None:
     metrics = measured(flowers, lambda x: x, lambda x: x).directions["AtoB"].metrics
-    A, B = (
-        torch.from_numpy(np.stack([np.asarray(Image.open(file)) for file in sorted((flowers / name).iterdir())]))
-        for name in ("testA", "testB")
-    )
-    A, B = (pictures.permute(0, 3, 1, 2) for pictures in (A, B))
+    A, B = (pictures_of(flowers / name) for name in ("testA", "testB"))
     for name, statistics in (("swd", "own"), ("swd_colour", "reference")):
         expected = sliced_wasserstein(B, A, statistics=statistics)
         assert metrics[name].value.value == pytest.approx(expected.mean, rel=1e-5)
@@ -173,6 +172,88 @@ def test_a_cast_and_a_blur_are_measured_as_what_they_are(flowers: Path) -> None:
         assert metrics[name].difference.high < 0, name
     assert metrics["cycle_l1"].value.low > 0.2 * 127.5 - 1
     assert metrics["swd"].value.value > 0
+
+
+def test_every_figure_is_that_of_its_own_measure(flowers: Path) -> None:
+    """Of a generator that changes all that is measured, each picture against the plain functions."""
+    ramp = torch.linspace(-1, 1, SIZE)
+    frame = torch.maximum(ramp.abs()[:, None], ramp.abs()) > 0.55
+    checks = 0.06 * (-1.0) ** (torch.arange(SIZE)[:, None] + torch.arange(SIZE))
+    stripes = 0.03 * torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(SIZE // 4)
+
+    def forward(x: Tensor) -> Tensor:
+        soft = -nn.functional.avg_pool2d(nn.functional.pad(x, (2, 2, 2, 2), mode="reflect"), 5, 1)
+        made = torch.where(frame, soft, checks + stripes - x)
+        made[:, :, 8:14, 8:20] = torch.tensor([0.9, -0.8, 0.3])[:, None, None]  # invented
+        made *= torch.tensor([1.0, 0.9, 0.8])[:, None, None]
+        made[:, :, -4:] = torch.where(x[:, :1, -4:] > 0, 1.0, -1.0)  # blown here, black there
+        return made.clamp(-1, 1)
+
+    def backward(x: Tensor) -> Tensor:
+        return (x + 0.1).clamp(-1, 1)
+
+    def levels(x: Tensor) -> Tensor:
+        return ((x + 1) * 127.5).round().to(torch.uint8)
+
+    direction = measured(flowers, forward, backward).directions["AtoB"]
+    A, truth = (pictures_of(flowers / name) for name in ("testA", "truthB"))
+    exact = forward(A / 127.5 - 1)
+    there, again = levels(exact), levels(backward(exact))
+    light, depth, pattern = exposure(there), depth_of_field(there), checkerboard(there).contrast
+    _, kept = through_cycle(lambda _: exact, backward, A / 127.5 - 1, seed=0)
+    invented = hallucination(A, there, levels(kept))
+    expected = {
+        "psnr": psnr(there, truth),
+        "ssim": ssim(there, truth),
+        "ms_ssim": ms_ssim(there, truth, scales=3),
+        "cycle_l1": (again.double() - A.double()).abs().mean(dim=(1, 2, 3)),
+        "cycle_psnr": psnr(again, A),
+        "cycle_ssim": ssim(again, A),
+        "subject_sharpness": depth.subject,
+        "background_sharpness": depth.background,
+        "separation": depth.separation,
+        "depth_of_field_gain": depth.separation - depth_of_field(A).separation,
+        "noise": noise(there),
+        "lightness": light.mean,
+        "shadows": 100 * light.shadows,
+        "highlights": 100 * light.highlights,
+        "checkerboard_2": pattern[:, 0],
+        "checkerboard_4": pattern[:, 1],
+        "hallucination": 100 * invented.share,
+        "hallucination_area": 100 * invented.area,
+    }
+    assert direction.values.keys() == expected.keys()
+    for name, values in expected.items():
+        assert direction.values[name] == pytest.approx(values.numpy(), rel=1e-6), name
+        assert direction.metrics[name].value.value == pytest.approx(float(values.mean()), rel=1e-6), name
+        assert len(values.unique()) > 1, name  # a constant would prove little
+    assert direction.metrics["depth_of_field_gain"].value.low > 0
+    assert direction.metrics["ms_ssim"].note == "3 scales; compare equal numbers only"
+    for name, two in {"psnr": (A, truth), "ssim": (A, truth)}.items():
+        plain = {"psnr": psnr, "ssim": ssim}[name](*two)
+        assert direction.metrics[name].difference.value == pytest.approx(float((expected[name] - plain).mean()))
+
+
+def test_differences_of_sets_are_narrower_than_their_parts(flowers: Path) -> None:
+    """A cast less, where the other picture to picture differences stay: distances fall, and clearly."""
+    for file in (flowers / "testB").iterdir():
+        picture = np.asarray(Image.open(flowers / "testA" / f"{int(file.stem) - 100:03d}.png")).astype(float)
+        Image.fromarray((0.6 * picture + 60).round().astype(np.uint8)).save(file)
+    metrics = measured(flowers, lambda x: 0.6 * x + 0.0706, lambda x: x).directions["AtoB"].metrics
+    for name in ("swd_colour", "colour_distance"):
+        found = metrics[name]
+        assert found.difference.value == pytest.approx(found.value.value - found.untouched.value)
+        assert found.verdict == "better"
+        assert metrics["swd"].difference.value == pytest.approx(
+            metrics["swd"].value.value - metrics["swd"].untouched.value
+        )
+        assert found.difference.high - found.difference.low < found.untouched.high - found.untouched.low
+
+
+def pictures_of(folder: Path) -> Tensor:
+    """uint8 [N, C, H, W], in order of the names."""
+    arrays = [np.asarray(Image.open(file)) for file in sorted(folder.iterdir())]
+    return torch.from_numpy(np.stack(arrays).transpose(0, 3, 1, 2).copy())
 
 
 def test_every_metric_has_the_form_of_the_file(flowers: Path) -> None:
@@ -222,15 +303,12 @@ def test_pictures_are_prepared_as_in_training(tmp_path: Path) -> None:
 
 
 def test_partners_are_the_truth_where_pictures_are_pairs(flowers: Path) -> None:
-    for folder, other in (("testA", "testB"), ("truthB", "testA")):
+    for folder in ("testA", "truthB"):
         for number, file in enumerate(sorted((flowers / folder).iterdir())):
             file.rename(flowers / folder / f"{number}.png")
-        assert other
     unpaired = open_set(flowers, config())
     assert not unpaired.paired
     assert len(unpaired.truth["A"].places) == COUNT
-    paired = open_set(flowers, config(), pairs=False, limit=None)
-    assert not paired.paired
     save(flowers / "testB", {f"{i}.png": pixels(i) for i in range(COUNT)})
     paired = open_set(flowers, config(), pairs=True)
     assert paired.paired
@@ -347,6 +425,25 @@ def test_weights_of_the_de_facto_implementation(flowers: Path, tmp_path: Path, m
     assert found.provenance["step"] is None
 
 
+@pytest.mark.parametrize("pairs", [False, True])
+def test_a_truth_of_another_size_is_refused(flowers: Path, pairs: bool) -> None:
+    """Without a resize their middles show different things."""
+    other = "testB" if pairs else "truthB"
+    if pairs:
+        for number, file in enumerate(sorted((flowers / "testB").iterdir())):
+            file.rename(flowers / "testB" / f"{number:03d}.png")
+    save(flowers / other, {"002.png": pixels(2, size=2 * SIZE)})
+    uncropped = from_dict({"data": {"preprocess": "none", "workers": 1}})
+    with pytest.raises(DataError, match=r"002\.png has 48 x 48 pixels and its truth 96 x 96: they must show the same"):
+        open_set(flowers, uncropped, pairs=pairs)
+
+
+def test_names_that_do_not_tell_the_truth(flowers: Path) -> None:
+    Image.open(flowers / "truthB" / "001.png").save(flowers / "truthB" / "001.jpg")
+    with pytest.raises(DataError, match=r"001\.jpg and 001\.png have one name, suffix apart"):
+        open_set(flowers, config())
+
+
 # The command
 
 
@@ -367,8 +464,45 @@ def test_the_command_prints_a_table_and_writes_the_file(
     figures = [psnr["untouched"]["value"], psnr["value"], psnr["low"], psnr["high"]]
     cells = line.replace("PSNR to the truth, dB", "").replace(" to ", " ").split()
     assert [float(cell) for cell in cells[:4]] == pytest.approx(figures, rel=1e-3)
-    assert cells[4:] == ["-", "more"]
+    assert cells[4:6] == ["-", "more"]
+    assert [float(cell.strip("(),")) for cell in cells[6:9]] == pytest.approx(
+        list(psnr["difference"].values()), rel=1e-3
+    )
+    assert cells[9:] == ["better"]  # gray is nearer to a negative than its positive
     assert "not measured: FID; KID: not asked for (--fid)" in printed
+
+
+def test_a_part_is_kept_only_where_it_is_told_to(
+    flowers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_folder(tmp_path / "run")
+    (run / "evaluation.json").write_text("whole")
+    command = ["evaluate", str(run), "--data", str(flowers), "--device", "cpu", "--direction", "AtoB"]
+    assert main(command) == 0
+    assert (run / "evaluation.json").read_text() == "whole"
+    assert "-o FILE keeps this one" in capsys.readouterr().err
+
+
+def test_a_table_is_shown_before_the_file_fails(
+    flowers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_folder(tmp_path / "run")
+    (run / "evaluation.json").mkdir()
+    assert main(["evaluate", str(run), "--data", str(flowers), "--device", "cpu"]) == 2
+    printed = capsys.readouterr()
+    assert "PSNR to the truth" in printed.out
+    assert "evaluation.json cannot be written" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        *[(0.0, "0.000"), (0.0123, "0.0123"), (1.234, "1.234"), (23.456, "23.46"), (1234.6, "1235"), (9.9996, "10.00")],
+        *[(2.1e-5, "2.1e-05"), (-0.00031, "-3.1e-04"), (-0.5, "-0.5000"), (math.nan, "-")],
+    ],
+)
+def test_figures_in_tables(value: float, text: str) -> None:
+    assert result._figure(value) == text
 
 
 def test_the_command_leaves_out_bad_files_by_name(

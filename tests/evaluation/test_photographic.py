@@ -15,7 +15,7 @@ from torch import Tensor
 from cyclegan_fast.data.synthetic import in_focus, render_pair
 from cyclegan_fast.errors import InputError
 from cyclegan_fast.evaluation.photographic import (
-    colour_distance,
+    colour_histogram,
     colour_set_distance,
     depth_of_field,
     exposure,
@@ -42,6 +42,9 @@ def test_sharpness_of_checks() -> None:
     found = sharpness_map(image, **UNIT)
     assert found.shape == (1, 16, 16)
     assert found[0, 1:-1, 1:-1].flatten().tolist() == pytest.approx([80.0] * 196)
+    red = torch.full((1, 3, 256, 256), 0.5, dtype=torch.float64)
+    red[:, 0] = image[0, 0]  # 0.299 of the luma of ITU-R BT.601
+    assert float(sharpness_map(red, **UNIT)[0, 7, 7]) == pytest.approx(0.299 * 80)
     assert sharpness_map(flat(0.3, 0.5, 0.7), **UNIT).abs().max() < 1e-9
     assert sharpness_map(random_pictures(1, 1, 300, 451), **UNIT).shape == (1, 16, 24)
 
@@ -129,17 +132,45 @@ def test_exposure_of_known_pictures() -> None:
     assert (float(found.shadows), float(found.highlights)) == (0.125, 0.25)
 
 
+@pytest.mark.parametrize(("level", "counted"), [(5, "shadows"), (6, ""), (249, ""), (250, "highlights")])
+def test_what_counts_as_clipped(level: int, counted: str) -> None:
+    found = exposure(torch.full((1, 3, 32, 32), level, dtype=torch.uint8))
+    assert {"shadows": float(found.shadows), "highlights": float(found.highlights)} == {
+        "shadows": float(counted == "shadows"),
+        "highlights": float(counted == "highlights"),
+    }
+
+
 def test_colour_distance_of_a_shift() -> None:
     """Gray to gray is a shift of lightness alone: the distance is its Delta E."""
     dark, light = flat(0.3, 0.3, 0.3), flat(0.6, 0.6, 0.6)
     expected = float((lab(light, **UNIT) - lab(dark, **UNIT))[0, 0, 0, 0])
-    assert float(colour_distance(dark, light, **UNIT)) == pytest.approx(expected, rel=0.02)
-    assert colour_set_distance(dark, light, **UNIT) == pytest.approx(expected, rel=0.02)
+    assert colours_apart(dark, light)[0] == pytest.approx(expected, rel=0.02)
     image = random_pictures(3, 3, 40, 33)
-    assert float(colour_distance(image[:1], image[:1].flip(2), **UNIT)) == pytest.approx(0, abs=1e-9)
-    assert colour_set_distance(image, image.flip(0), **UNIT) == pytest.approx(0, abs=1e-9)
+    assert colours_apart(image[:1], image[:1].flip(2))[0] == pytest.approx(0, abs=1e-9)
+    assert colours_apart(image, image.flip(0))[0] == pytest.approx(0, abs=1e-9)
     both = torch.cat([dark, light])
-    assert colour_distance(both, both, **UNIT).tolist() == pytest.approx([expected / 2] * 2, rel=0.02)
+    assert colours_apart(both, dark)[0] == pytest.approx(expected / 2, rel=0.02)
+
+
+def test_influences_on_the_colour_distance_are_its_derivatives() -> None:
+    """By the weights of a set's pictures, whose sum stays 1."""
+    first, second = (random_pictures(4, 3, 40, 33, seed=seed) * scale for seed, scale in ((0, 1.0), (1, 0.7)))
+    value, *influences = colours_apart(first, second)
+    small = 1e-4
+    histograms = [colour_histogram(pictures, **UNIT).numpy() for pictures in (first, second)]
+    for which, influence in enumerate(influences):
+        assert influence.mean() == pytest.approx(0, abs=1e-9)
+        for picture in range(4):
+            heavier = [h.copy() for h in histograms]
+            mean = heavier[which].mean(axis=0)
+            heavier[which] += small * (histograms[which][picture] - mean)  # of each: so much more of that picture
+            changed = colour_set_distance(heavier[0], heavier[1])[0]
+            assert (changed - value) / small == pytest.approx(influence[picture], abs=1e-3 * np.abs(influence).max())
+
+
+def colours_apart(reference: Tensor, other: Tensor) -> tuple[float, Any, Any]:
+    return colour_set_distance(*(colour_histogram(pictures, **UNIT).numpy() for pictures in (reference, other)))
 
 
 @pytest.mark.parametrize("measure", [sharpness_map, noise, lab, lambda p, **r: exposure(p, **r).mean])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,20 @@ def test_without_work_nothing_is_claimed_or_asked_for(
     assert record["pairs_per_s"] == pytest.approx(5)
     assert not {"tflops", "mfu", "bandwidth"} & record.keys()
     assert caplog.messages == []
+
+
+def test_what_is_no_number_is_null(tmp_path: Path) -> None:
+    """JSON knows neither NaN nor infinity, and other readers than Python's refuse them."""
+    monitor = open_monitor(tmp_path)
+    monitor.measured(1, {"test_psnr_AtoB": math.nan, "test_swd_AtoB": math.inf, "test_ssim_AtoB": 0.5})
+    monitor.close()
+
+    def refuse(token: str) -> None:
+        raise AssertionError(token)
+
+    (line,) = (tmp_path / SCALARS).read_text().splitlines()
+    record = json.loads(line, parse_constant=refuse)
+    assert [record[f"test_{name}_AtoB"] for name in ("psnr", "swd", "ssim")] == [None, None, 0.5]
 
 
 def test_other_ranks_write_and_say_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

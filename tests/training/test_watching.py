@@ -143,6 +143,8 @@ def test_the_best_is_the_lowest_or_the_highest() -> None:
     lowest.update(0.3, 8, counts=False)
     assert (lowest.value, lowest.step, lowest.since, lowest.enough) == (0.3, 8, 0, False)
     assert (highest.value, highest.step, highest.since, highest.enough) == (0.6, 6, 0, False)
+    highest.update(math.inf, 7)  # and then nothing could be better
+    assert (highest.value, highest.step, highest.since) == (0.6, 6, 1)
     assert [best_of(f"checkpoint.best={name}").value for name in ("swd", "psnr")] == [math.inf, -math.inf]
 
 
