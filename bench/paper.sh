@@ -8,8 +8,8 @@
 #
 # On a GPU the recipes run as they are written, with one seed (--seeds N for more; --reduced for the small size). Other
 # options: bench/paper.py --help. PYTHON=python3 chooses the interpreter. What is finished is kept in runs/paper-bench
-# (--work) and not repeated: call it again after a cut. Leaves bench/results/paper-cpu (or -gpu) .json, .md and .jpg
-# (--results FOLDER), and a report of each recipe in the work folder.
+# (--work) and not repeated: call it again after a cut. Leaves bench/results/paper-cpu (or -gpu) .json and .md,
+# paper-cpu-flowers.jpg and -photos.jpg (--results FOLDER), and a report of each recipe in the work folder.
 
 set -eu
 ROOT=$(cd "$(dirname "$0")/.." && pwd)

@@ -192,7 +192,7 @@ class ModelConfig:
     upsample: str = _option(
         "transposed",
         "how a generator doubles the sides: `transposed` convolutions, as the de-facto networks, or nearest-neighbour "
-        "`resize` and a convolution, which draws no checkerboards (docs/options.md)",
+        "`resize` and a convolution, which begins without checkerboards (docs/options.md)",
         choices=("transposed", "resize"),
     )
     dropout: bool = _option(
