@@ -77,7 +77,8 @@ class Familiarity:
         kind = "test pictures" if self.held_out == "test" else "training pictures left out"
         others = f"all {self.among}" if self.nearer == self.among else f"{self.nearer} of {self.among}"
         like = "unlike" if self.unfamiliar else "like"
-        times = f"{self.distance:.1f}" if self.distance < 10 else f"{min(self.distance, 999):.0f}"
+        times = f"{self.distance:.1f}" if self.distance < 10 else f"{self.distance:.0f}"
+        times = times if self.distance < 1000 else "more than 999"
         return (
             f"{like} the training pictures: in {self.aspect} {times} times the usual limit, "
             f"further from them than {others} {kind}"

@@ -235,11 +235,11 @@ def test_every_figure_is_that_of_its_own_measure(flowers: Path) -> None:
 
 
 def test_differences_of_sets_are_narrower_than_their_parts(flowers: Path) -> None:
-    """A cast less, where the other picture to picture differences stay: distances fall, and clearly."""
+    """Nearly without the cast, where what differs from picture to picture stays: distances fall, and clearly."""
     for file in (flowers / "testB").iterdir():
         picture = np.asarray(Image.open(flowers / "testA" / f"{int(file.stem) - 100:03d}.png")).astype(float)
         Image.fromarray((0.6 * picture + 60).round().astype(np.uint8)).save(file)
-    metrics = measured(flowers, lambda x: 0.6 * x + 0.0706, lambda x: x).directions["AtoB"].metrics
+    metrics = measured(flowers, lambda x: 0.65 * x + 0.05, lambda x: x).directions["AtoB"].metrics
     for name in ("swd_colour", "colour_distance"):
         found = metrics[name]
         assert found.difference.value == pytest.approx(found.value.value - found.untouched.value)
