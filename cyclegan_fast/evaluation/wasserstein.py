@@ -12,6 +12,12 @@ the distance is the integral of |F - G|, and a picture of weight 1/n with the sh
 by the integral of sign(F - G) (1[x <= t] - F) / n to first order: its influence (Hampel 1974). The mean influence of
 pictures drawn with replacement is added to the distance, again and again. In the same simulations this held the
 expectation in 92 to 100 %: where both sets have one distribution, the interval is wider than it need be.
+
+Where both sets are normalised by the reference's statistics, its pictures also change the deviation, and so the
+distance's scale; that is in their influence. (The mean moves both sets alike.) Where each is normalised by its own,
+that is left out: there the intervals are on the wide side already. Intervals of the difference of two distances, of
+sets of only 12 simulated pictures, held the expectation in 98 to 100 % by their own statistics, in 84 to 92 % by the
+reference's.
 """
 
 from __future__ import annotations
@@ -33,6 +39,7 @@ Float32s = npt.NDArray[np.float32]
 _DIRECTIONS = 512
 _DIRECTIONS_OF_INFLUENCE = 64  # enough for a standard error
 _SMALLEST = 16
+_SMALL = 0.01  # a change of a scale, for a derivative
 
 
 class PatchSet:
@@ -77,9 +84,35 @@ def set_distance(reference: PatchSet, other: PatchSet, *, statistics: str = "own
         projections = [vectors @ row for row in rows]
         values.append(_mean_difference(*(np.sort(p, axis=1) for p in projections)))
         few = [p[:_DIRECTIONS_OF_INFLUENCE] for p in projections]
-        found.append(influences(few[0], few[1], reference.picture.numpy(), other.picture.numpy()))
+        pair = influences(few[0], few[1], reference.picture.numpy(), other.picture.numpy())
+        if statistics == "reference":
+            sensitivity = _of_scales(vectors[:_DIRECTIONS_OF_INFLUENCE], rows, first.shape[1])
+            pair = (pair[0] + _of_contrast(rows[0], reference.picture.numpy(), first.shape[1]) @ sensitivity, pair[1])
+        found.append(pair)
     first_influence, second_influence = (np.mean(each, axis=0) for each in zip(*found, strict=True))
     return float(np.mean(values)), first_influence, second_influence
+
+
+def _of_scales(vectors: Float32s, rows: list[Float32s], channels: int) -> Floats:
+    """The distance's derivatives by the logarithms of the deviations that both sets' channels are divided by, [C]."""
+    before = _mean_difference(*(np.sort(vectors @ row, axis=1) for row in rows))
+    each = len(rows[0]) // channels
+    changes = []
+    for channel in range(channels):
+        part = slice(channel * each, (channel + 1) * each)
+        # Adds to the projections what the channel's part grows by.
+        grown = [vectors @ row + _SMALL * (vectors[:, part] @ row[part]) for row in rows]
+        changes.append(_mean_difference(*(np.sort(projections, axis=1) for projections in grown)) - before)
+    return -np.array(changes) / _SMALL
+
+
+def _of_contrast(rows: Float32s, picture: npt.NDArray[np.int64], channels: int) -> Floats:
+    """Influence of each picture on the logarithm of the channels' deviations, by which `rows` were divided, [N, C]."""
+    power = rows.reshape(channels, -1, rows.shape[1]).astype(np.float64)
+    excess = (np.square(power).mean(axis=1) - 1) / 2  # [C, P]
+    found = np.stack([np.bincount(picture, one) / np.bincount(picture) for one in excess], axis=1)
+    centred: Floats = found - found.mean(axis=0)
+    return centred
 
 
 def linear_bootstrap(

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cyclegan_fast.evaluation.metrics import sliced_wasserstein
+from cyclegan_fast.evaluation import wasserstein
+from cyclegan_fast.evaluation.metrics import channel_mean_std, sliced_wasserstein
 from cyclegan_fast.evaluation.wasserstein import PatchSet, influences, linear_bootstrap, set_distance
 
 
@@ -82,3 +83,31 @@ def test_intervals_hold_the_expectation(shift: float, scale: float) -> None:
         plain.append(low <= expected <= high)
     assert np.mean(sound) >= 0.9
     assert np.mean(plain) < np.mean(sound)
+
+
+def test_the_references_contrast_is_in_its_influence() -> None:
+    """A picture's weight changes the deviation, and so the scale of both sets: by a numerical derivative."""
+    random = np.random.default_rng(4)
+    count, each, channels = 5, 12, 3
+    picture = np.arange(count * each) // each
+    contrast = 1 + random.random((count, channels))[picture]
+    patches = torch.from_numpy(random.standard_normal((count * each, channels, 7, 7)) * contrast[:, :, None, None])
+    other = torch.from_numpy(1.5 * random.standard_normal(patches.shape) + 0.4)
+    mean, std = channel_mean_std(patches)
+    vectors = random.standard_normal((16, channels * 49)).astype(np.float32)
+
+    def columns(x: Tensor, by: Tensor) -> np.ndarray:
+        return ((x - mean) / by).flatten(1).T.contiguous().numpy().astype(np.float32)
+
+    def value(by: Tensor) -> float:
+        return distance(*(vectors @ columns(x, by) for x in (patches, other)))
+
+    rows = [columns(x, std) for x in (patches, other)]
+    found = wasserstein._of_contrast(rows[0], picture, channels) @ wasserstein._of_scales(vectors, rows, channels)
+    assert found.mean() == pytest.approx(0, abs=1e-3 * np.abs(found).max())
+    small = 1e-2
+    for one in range(count):
+        own = patches[picture == one]
+        more = ((own - mean).square().mean(dim=(0, 2, 3), keepdim=True) - std.square()) * small
+        changed = (value((std.square() + more).sqrt()) - value((std.square() - more).sqrt())) / (2 * small)
+        assert found[one] == pytest.approx(changed, abs=0.03 * np.abs(found).max())
